@@ -1,0 +1,151 @@
+// Cross-entropy of labelled and strong rows over both branches, with its gradients in the same pass.
+//
+// "fused" folds both branches into one bank (one product each for logits and feature gradient); "branches"
+// keeps two. Rows without weight or target are dropped before anything is computed for them. Logits exist for
+// a chunk of rows at a time, where the gradient overwrites them.
+#include "bank.h"
+
+namespace ulfine::ULFINE_ISA {
+
+namespace {
+
+struct Bank {
+  float *transposed, *packed;
+};
+
+struct Memory {
+  int64_t chunk;  // rows whose logits exist at a time
+  Bank bank[2];
+  int64_t* row;
+  float *staging, *shift, *loss, *x, *x_packed, *z, *d_x, *d_bank;
+};
+
+Memory layout(Scratch& scratch, int64_t b, int64_t c, int64_t d, int64_t groups, bool fused,
+              bool need_features, bool need_linear, int threads) {
+  const int64_t ldx = padded(d), ldz = padded(c);
+  Memory m{};
+  m.chunk = min(kChunk, round_up(b, kBlock));
+  for (int i = 0; i < (fused ? 1 : 2); ++i) {
+    m.bank[i].transposed = scratch.take(packed_size(d, c));
+    if (need_features) m.bank[i].packed = scratch.take(packed_size(c, d));
+  }
+  m.row = scratch.take_indices(b);
+  m.staging = scratch.take(threads * kStagingRows * ldx);
+  m.shift = scratch.take((groups + 1) * ldz);
+  m.loss = scratch.take(b);
+  m.x = scratch.take(threads * kBlock * ldx);
+  m.z = scratch.take((fused ? 1 : 2) * m.chunk * ldz);
+  if (need_features) m.d_x = scratch.take(threads * kBlock * ldx);
+  if (need_linear) {
+    m.x_packed = scratch.take(packed_size(m.chunk, d));
+    m.d_bank = scratch.take(c * ldx);
+  }
+  return m;
+}
+
+// to = linear row k, a unit row if the probe is a cosine one. Returns the row's inverse norm, or 1.
+float linear_row(const DualCrossEntropy& a, int64_t k, float* to) {
+  if (a.normalize_linear) return unit_row(a.linear + k * a.d, a.d, to);
+  copy_padded(a.linear + k * a.d, a.d, to);
+  return 1.0f;
+}
+
+}  // namespace
+
+int64_t dual_cross_entropy_scratch(int64_t b, int64_t c, int64_t d, int64_t groups, bool fused,
+                                   bool need_features, bool need_linear, int threads) {
+  Scratch scratch(nullptr);
+  layout(scratch, b, c, d, groups, fused, need_features, need_linear, threads);
+  return scratch.used();
+}
+
+void dual_cross_entropy(const DualCrossEntropy& a) {
+  const bool need_features = a.d_features != nullptr, need_linear = a.d_linear != nullptr;
+  Scratch scratch(a.scratch);
+  const Memory m =
+      layout(scratch, a.b, a.c, a.d, a.groups, a.fused, need_features, need_linear, a.threads);
+  const int64_t ldx = padded(a.d), ldz = padded(a.c);
+  const int banks = a.fused ? 1 : 2;
+
+  // Group g has its shift in row g + 1; row 0 is "no adjustment".
+  memset(m.shift, 0, a.c * sizeof(float));
+  for (int64_t g = 0; g < a.groups; ++g)
+    memcpy(m.shift + (g + 1) * ldz, a.adjustment + g * a.c, a.c * sizeof(float));
+  for (int64_t g = 0; g <= a.groups; ++g)
+    for (int64_t k = a.c; k < ldz; ++k) m.shift[g * ldz + k] = kPadLogit;
+
+  int64_t used = 0;
+  for (int64_t i = 0; i < a.b; ++i) {
+    if (a.targets[i] >= 0 && a.targets[i] < a.c && a.weights[i] != 0.0f)
+      m.row[used++] = i;
+    else if (need_features)
+      memset(a.d_features + i * a.d, 0, a.d * sizeof(float));
+  }
+
+  const float on_linear = a.fused ? a.eta * a.linear_scale : a.linear_scale;
+  const float on_proto = a.fused ? (1.0f - a.eta) * a.align * a.proto_scale : a.proto_scale;
+  pack_bank(a.c, a.d, a.threads, m.staging, m.bank[0].transposed, m.bank[0].packed, nullptr,
+            [&](int64_t k, float* to, float* text) {
+              linear_row(a, k, to);
+              scale_row(to, on_linear, ldx);
+              if (!a.fused) return;
+              unit_row(a.prototypes + k * a.d, a.d, text);
+              add_scaled(to, text, on_proto, ldx);
+            });
+  if (!a.fused)
+    pack_bank(a.c, a.d, a.threads, m.staging, m.bank[1].transposed, m.bank[1].packed, nullptr,
+              [&](int64_t k, float* to, float*) {
+                unit_row(a.prototypes + k * a.d, a.d, to);
+                scale_row(to, on_proto, ldx);
+              });
+
+  if (need_linear && used == 0) memset(m.d_bank, 0, a.c * ldx * sizeof(float));
+  for (int64_t chunk = 0; chunk < used; chunk += m.chunk) {
+    const int64_t chunk_rows = min(m.chunk, used - chunk);
+    parallel(ceil_div(chunk_rows, kBlock), a.threads, [&](int64_t task, int worker) {
+      const int64_t first = task * kBlock, rows = min(kBlock, chunk_rows - first);
+      const int64_t* row = m.row + chunk + first;
+      float *x = m.x + worker * kBlock * ldx, *loss = m.loss + chunk + first;
+      float inverse[kBlock];
+      for (int64_t i = 0; i < rows; ++i) {
+        inverse[i] = unit_row(a.features + row[i] * a.d, a.d, x + i * ldx);
+        if (need_linear) pack_row(x + i * ldx, a.d, chunk_rows, first + i, m.x_packed);
+        loss[i] = 0.0f;
+      }
+      for (int bank = 0; bank < banks; ++bank) {
+        float* z = m.z + (bank * m.chunk + first) * ldz;
+        multiply(rows, a.c, a.d, {x, ldx, 1}, m.bank[bank].transposed, z, ldz, false);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t g = a.group != nullptr ? a.group[row[i]] : 0;
+          const float* shift = m.shift + (g < 0 || g >= a.groups ? 0 : g + 1) * ldz;
+          loss[i] += cross_entropy_row(z + i * ldz, shift, a.targets[row[i]], a.weights[row[i]], ldz);
+        }
+      }
+      if (!need_features) return;
+      float* d_x = m.d_x + worker * kBlock * ldx;
+      for (int bank = 0; bank < banks; ++bank)
+        multiply(rows, a.d, a.c, {m.z + (bank * m.chunk + first) * ldz, ldz, 1}, m.bank[bank].packed, d_x, ldx,
+                 bank > 0);
+      for (int64_t i = 0; i < rows; ++i)
+        unit_row_backward(d_x + i * ldx, x + i * ldx, inverse[i], a.d, a.d_features + row[i] * a.d);
+    });
+    if (need_linear)
+      bank_gradient(chunk_rows, a.c, a.d, m.z, ldz, m.x_packed, m.d_bank, chunk > 0, a.threads);
+  }
+
+  double loss = 0.0;
+  for (int64_t i = 0; i < used; ++i) loss += m.loss[i];
+  *a.loss = static_cast<float>(loss);
+
+  if (!need_linear) return;
+  parallel(a.c, a.threads, [&](int64_t k, int worker) {
+    float *w = m.staging + worker * kStagingRows * ldx, *d_w = m.d_bank + k * ldx;
+    const float inverse = linear_row(a, k, w);
+    if (a.normalize_linear)
+      return unit_row_backward(d_w, w, on_linear * inverse, a.d, a.d_linear + k * a.d);
+    scale_row(d_w, on_linear, ldx);
+    memcpy(a.d_linear + k * a.d, d_w, a.d * sizeof(float));
+  });
+}
+
+}  // namespace ulfine::ULFINE_ISA

@@ -1,0 +1,130 @@
+// Matrix products over packed operands: C[m, n] (+)= A[m, k] B[k, n].
+//
+// B is packed into panels of kPanel columns, row k of a panel contiguous, the last panel padded with zeros to
+// whole vectors: panel j starts at packed + depth * j * kPanel. A is read in place, one scalar at a time, with
+// any pair of strides. Each element of C is summed over k in ascending order in one accumulator, so its bits
+// depend neither on tiling nor on threads.
+#pragma once
+
+#include "simd.h"
+
+namespace ulfine::ULFINE_ISA {
+
+// A tile of kRows x kPanel accumulators, two vectors of B and one of A fill the registers.
+constexpr int64_t kPanelVectors = 2;
+constexpr int64_t kPanel = kPanelVectors * kWidth;
+constexpr int64_t kRows = kWidth == 16 ? 12 : 6;
+// Steps over k between two passes over the tiles: a panel's share then stays in the first-level cache.
+constexpr int64_t kDepth = 256;
+
+static inline int64_t packed_size(int64_t depth, int64_t columns) { return depth * padded(columns); }
+
+struct Operand {
+  const float* data;
+  int64_t row, step;  // A[i][k] = data[i * row + k * step]
+};
+
+template <int M, int V>
+static void tile(Operand a, const float* panel, int64_t width, int64_t depth, float* c, int64_t ldc,
+                 bool accumulate) {
+  Vec acc[M][V];
+  for (int i = 0; i < M; ++i)
+    for (int v = 0; v < V; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * kWidth) : Vec{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec b[V];
+    for (int v = 0; v < V; ++v) b[v] = load(panel + k * width + v * kWidth);
+    const float* column = a.data + k * a.step;
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const Vec x = splat(column[i * a.row]);
+      for (int v = 0; v < V; ++v) acc[i][v] += x * b[v];
+    }
+  }
+  for (int i = 0; i < M; ++i)
+    for (int v = 0; v < V; ++v) store(c + i * ldc + v * kWidth, acc[i][v]);
+}
+
+template <int M>
+static void tile_rows(int64_t m, int64_t vectors, Operand a, const float* panel, int64_t width, int64_t depth,
+                      float* c, int64_t ldc, bool accumulate) {
+  if constexpr (M > 1) {
+    if (m < M) return tile_rows<M - 1>(m, vectors, a, panel, width, depth, c, ldc, accumulate);
+  }
+  if (vectors == kPanelVectors)
+    tile<M, kPanelVectors>(a, panel, width, depth, c, ldc, accumulate);
+  else
+    tile<M, 1>(a, panel, width, depth, c, ldc, accumulate);
+}
+
+// C[m, n] (+)= A[m, depth] * packed[depth, n]; rows of C are ldc >= padded(n) apart and written padded.
+static inline void multiply(int64_t m, int64_t n, int64_t depth, Operand a, const float* packed, float* c,
+                            int64_t ldc, bool accumulate) {
+  if (depth == 0 && !accumulate) {
+    for (int64_t i = 0; i < m; ++i) memset(c + i * ldc, 0, padded(n) * sizeof(float));
+    return;
+  }
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t steps = min(kDepth, depth - k);
+    for (int64_t j = 0; j < n; j += kPanel) {
+      const int64_t width = min(kPanel, padded(n) - j);
+      const float* panel = packed + depth * j + k * width;
+      for (int64_t i = 0; i < m; i += kRows) {
+        const Operand part = {a.data + i * a.row + k * a.step, a.row, a.step};
+        tile_rows<kRows>(min(kRows, m - i), width / kWidth, part, panel, width, steps, c + i * ldc + j, ldc,
+                         accumulate || k > 0);
+      }
+    }
+  }
+}
+
+// C[m, n] (+)= A' * packed[depth, n], with A[depth, m] row-major: a column of A spreads over as many cache lines
+// as it is long, so each tile's columns are gathered once and used for every panel.
+static inline void multiply_transposed(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda,
+                                       const float* packed, float* c, int64_t ldc, bool accumulate) {
+  alignas(64) float columns[kDepth * kRows];
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t steps = min(kDepth, depth - k);
+    for (int64_t i = 0; i < m; i += kRows) {
+      const int64_t rows = min(kRows, m - i);
+      for (int64_t s = 0; s < steps; ++s) {
+        const float* from = a + (k + s) * lda + i;
+        if (rows == kRows)
+          memcpy(columns + s * kRows, from, kRows * sizeof(float));
+        else
+          memcpy(columns + s * kRows, from, rows * sizeof(float));
+      }
+      for (int64_t j = 0; j < n; j += kPanel) {
+        const int64_t width = min(kPanel, padded(n) - j);
+        tile_rows<kRows>(rows, width / kWidth, {columns, 1, kRows}, packed + depth * j + k * width, width,
+                         steps, c + i * ldc + j, ldc, accumulate || k > 0);
+      }
+    }
+  }
+}
+
+// Panel j of B[k][n] = rows[n][k]: the transpose of n padded rows with stride ld.
+static inline void pack_transposed(const float* rows, int64_t ld, int64_t n, int64_t depth, int64_t j,
+                                   float* packed) {
+  const int64_t width = min(kPanel, padded(n) - j);
+  float* panel = packed + depth * j;
+  for (int64_t v = 0; v < width; v += kWidth) {
+    const int64_t filled = min(kWidth, n - j - v);
+    const float* from = rows + (j + v) * ld;
+    const int64_t whole = filled == kWidth ? depth / kWidth * kWidth : 0;
+    for (int64_t k = 0; k < whole; k += kWidth)
+      transpose_square(from + k, ld, panel + k * width + v, width);
+    for (int64_t k = whole; k < depth; ++k)
+      for (int64_t i = 0; i < kWidth; ++i) panel[k * width + v + i] = i < filled ? from[i * ld + k] : 0.0f;
+  }
+}
+
+// Row k of B[depth, n] into all its panels; the row is padded to whole vectors.
+static inline void pack_row(const float* row, int64_t n, int64_t depth, int64_t k, float* packed) {
+  for (int64_t j = 0; j < n; j += kPanel) {
+    const int64_t width = min(kPanel, padded(n) - j);
+    float* to = packed + depth * j + k * width;
+    for (int64_t v = 0; v < width; v += kWidth) store(to + v, load(row + j + v));
+  }
+}
+
+}  // namespace ulfine::ULFINE_ISA

@@ -1,0 +1,129 @@
+// Mean squared off-diagonal cosine of the rows and its gradient, from the C x C or the D x D Gram matrix.
+//
+// With unit rows u the value is (sum_ij <u_i, u_j>^2 - sum_i |u_i|^4) / (C (C - 1)) and its gradient in u_i is
+// 4 (sum_j <u_i, u_j> u_j - radial part) / (C (C - 1)); both Gram matrices give the same sums.
+#include "bank.h"
+
+namespace ulfine::ULFINE_ISA {
+
+namespace {
+
+struct Memory {
+  // `packed` is the right-hand side of the gradient's product: the unit rows, or the D x D Gram matrix.
+  float *unit, *inverse, *transposed, *packed, *gram, *product, *staging;
+  double* partial;
+};
+
+Memory layout(Scratch& scratch, int64_t c, int64_t d, int threads) {
+  const int64_t ld = padded(d), side = min(c, d);
+  Memory m{};
+  m.unit = scratch.take(c * ld);
+  m.inverse = scratch.take(c);
+  m.gram = scratch.take(side * padded(side));
+  m.partial = reinterpret_cast<double*>(scratch.take_indices(side));
+  m.product = scratch.take(threads * kBlock * ld);
+  m.packed = scratch.take(packed_size(c, d));
+  if (c <= d) {
+    m.transposed = scratch.take(packed_size(d, c));
+    m.staging = scratch.take(threads * kStagingRows * ld);
+  }
+  return m;
+}
+
+// Lower triangle of unit unit', [C, padded C].
+void gram_of_rows(const Orthogonality& a, const Memory& m) {
+  const int64_t ld = padded(a.d), ldg = padded(a.c);
+  pack_bank(a.c, a.d, a.threads, m.staging, m.transposed, m.packed, m.unit,
+            [&](int64_t k, float* to, float*) { m.inverse[k] = unit_row(a.prototypes + k * a.d, a.d, to); });
+  parallel(ceil_div(a.c, kBlock), a.threads, [&](int64_t task, int) {
+    const int64_t first = task * kBlock, rows = min(kBlock, a.c - first);
+    // Whole panels up to the diagonal: a cut one would be read with the wrong width.
+    const int64_t columns = min(round_up(first + rows, kPanel), a.c);
+    multiply(rows, columns, a.d, {m.unit + first * ld, ld, 1}, m.transposed, m.gram + first * ldg, ldg, false);
+  });
+}
+
+// Lower triangle of unit' unit, [D, padded D].
+void gram_of_columns(const Orthogonality& a, const Memory& m) {
+  const int64_t ld = padded(a.d);
+  parallel(a.c, a.threads, [&](int64_t k, int) {
+    float* row = m.unit + k * ld;
+    m.inverse[k] = unit_row(a.prototypes + k * a.d, a.d, row);
+    pack_row(row, a.d, a.c, k, m.packed);
+  });
+  parallel(ceil_div(a.d, kBlock), a.threads, [&](int64_t task, int) {
+    const int64_t first = task * kBlock, rows = min(kBlock, a.d - first);
+    const int64_t columns = min(round_up(first + rows, kPanel), a.d);
+    multiply_transposed(rows, columns, a.c, m.unit + first, ld, m.packed, m.gram + first * ld, ld, false);
+  });
+}
+
+}  // namespace
+
+int64_t orthogonality_scratch(int64_t c, int64_t d, int threads) {
+  Scratch scratch(nullptr);
+  layout(scratch, c, d, threads);
+  return scratch.used();
+}
+
+void orthogonality(const Orthogonality& a) {
+  if (a.c == 1) {
+    *a.value = 0.0f;
+    memset(a.gradient, 0, a.d * sizeof(float));
+    return;
+  }
+  Scratch scratch(a.scratch);
+  const Memory m = layout(scratch, a.c, a.d, a.threads);
+  const bool of_rows = a.c <= a.d;
+  const int64_t ld = padded(a.d), side = of_rows ? a.c : a.d, ldg = padded(side);
+  if (of_rows)
+    gram_of_rows(a, m);
+  else
+    gram_of_columns(a, m);
+
+  // The upper triangle is a copy. Off the diagonal every product counts twice.
+  parallel(ceil_div(side, kWidth), a.threads, [&](int64_t task, int) {
+    const int64_t first = task * kWidth, last = min(first + kWidth, side);
+    for (int64_t i = first; i < last; ++i) {
+      const double g = m.gram[i * ldg + i];
+      m.partial[i] = 2.0 * sum_of_squares(m.gram + i * ldg, i) + (of_rows ? 0.0 : g * g);
+      // A row's product with itself is radial: dropping it here keeps it out of a sum it would dominate.
+      if (of_rows) m.gram[i * ldg + i] = 0.0f;
+    }
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t j = first; j < i; ++j) m.gram[j * ldg + i] = m.gram[i * ldg + j];
+    if (last < first + kWidth) {
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t j = 0; j < first; ++j) m.gram[j * ldg + i] = m.gram[i * ldg + j];
+      }
+    } else {
+      for (int64_t j = 0; j < first; j += kWidth)
+        transpose_square(m.gram + first * ldg + j, ldg, m.gram + j * ldg + first, ldg);
+    }
+  });
+  double total = 0.0;
+  for (int64_t i = 0; i < side; ++i) total += m.partial[i];
+  if (!of_rows) {
+    for (int64_t k = 0; k < a.c; ++k) {
+      const double squared = sum_of_squares(m.unit + k * ld, a.d);
+      total -= squared * squared;
+    }
+  }
+  const double pairs = static_cast<double>(a.c) * static_cast<double>(a.c - 1);
+  *a.value = static_cast<float>(total / pairs);
+
+  const float factor = static_cast<float>(4.0 * a.weight / pairs);
+  if (!of_rows)
+    parallel(side, a.threads, [&](int64_t i, int) { pack_row(m.gram + i * ldg, a.d, a.d, i, m.packed); });
+  parallel(ceil_div(a.c, kBlock), a.threads, [&](int64_t task, int worker) {
+    const int64_t first = task * kBlock, rows = min(kBlock, a.c - first);
+    float* product = m.product + worker * kBlock * ld;
+    const Operand left = of_rows ? Operand{m.gram + first * ldg, ldg, 1} : Operand{m.unit + first * ld, ld, 1};
+    multiply(rows, a.d, side, left, m.packed, product, ld, false);
+    for (int64_t i = 0; i < rows; ++i)
+      unit_row_backward(product + i * ld, m.unit + (first + i) * ld, factor * m.inverse[first + i], a.d,
+                        a.gradient + (first + i) * a.d);
+  });
+}
+
+}  // namespace ulfine::ULFINE_ISA

@@ -1,0 +1,117 @@
+// What happens to one row: its direction, its softmax, its gradient. Rows are padded to whole vectors.
+#pragma once
+
+#include "simd.h"
+
+namespace ulfine::ULFINE_ISA {
+
+// Squared norm at or below which a row has no direction.
+constexpr float kZeroNormSquared = 1e-12f;
+
+// Copies n floats and pads with zeros; `from` may have any alignment and no padding.
+static inline void copy_padded(const float* from, int64_t n, float* to) {
+  memcpy(to, from, n * sizeof(float));
+  memset(to + n, 0, (padded(n) - n) * sizeof(float));
+}
+
+static inline float dot(const float* a, const float* b, int64_t n_padded) {
+  Vec even{}, odd{};
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n_padded; i += 2 * kWidth) {
+    even += load(a + i) * load(b + i);
+    odd += load(a + i + kWidth) * load(b + i + kWidth);
+  }
+  if (i < n_padded) even += load(a + i) * load(b + i);
+  return sum(even + odd);
+}
+
+static inline void scale_row(float* row, float factor, int64_t n_padded) {
+  for (int64_t i = 0; i < n_padded; i += kWidth) store(row + i, load(row + i) * splat(factor));
+}
+
+// y += factor * x
+static inline void add_scaled(float* y, const float* x, float factor, int64_t n_padded) {
+  for (int64_t i = 0; i < n_padded; i += kWidth) store(y + i, load(y + i) + load(x + i) * splat(factor));
+}
+
+// Inverse norm of a row, 0 for a row without direction, NaN for a row with a NaN.
+static inline float inverse_norm(const float* row, int64_t n_padded) {
+  const float squared = dot(row, row, n_padded);
+  return squared <= kZeroNormSquared ? 0.0f : 1.0f / sqrtf(squared);
+}
+
+// to = unit(from), padded; returns the inverse norm of `from`.
+static inline float unit_row(const float* from, int64_t n, float* to) {
+  copy_padded(from, n, to);
+  const float inverse = inverse_norm(to, padded(n));
+  scale_row(to, inverse, padded(n));
+  return inverse;
+}
+
+// Gradient through y = x / |x|: to = (d - <d, y> y) * inverse, without the padding.
+static inline void unit_row_backward(const float* d, const float* y, float inverse, int64_t n, float* to) {
+  const float radial = dot(d, y, padded(n));
+  for (int64_t i = 0; i < n; ++i) to[i] = (d[i] - radial * y[i]) * inverse;
+}
+
+// Softmax of a row in place, left unnormalised: z becomes exp(z - max). Returns max and the sum of the exps.
+struct Softmax {
+  float top, total;
+};
+
+static inline Softmax exponentiate(float* z, const float* shift, int64_t n_padded) {
+  Vec best = splat(kPadLogit);
+  for (int64_t i = 0; i < n_padded; i += kWidth) {
+    const Vec x = load(z + i) + load(shift + i);
+    store(z + i, x);
+    best = max(x, best);
+  }
+  const float top = max(best);
+  Vec total{};
+  for (int64_t i = 0; i < n_padded; i += kWidth) {
+    const Vec e = exp(load(z + i) - splat(top));
+    store(z + i, e);
+    total += e;
+  }
+  return {top, sum(total)};
+}
+
+// Cross-entropy of one row; z becomes weight * (softmax - onehot). `shift` holds kPadLogit in the padding.
+// The loss is log(total) + (top - z_y): the other order loses every digit when the target's share is near 1.
+static inline float cross_entropy_row(float* z, const float* shift, int64_t target, float weight,
+                                      int64_t n_padded) {
+  const float z_target = z[target] + shift[target];
+  const Softmax softmax = exponentiate(z, shift, n_padded);
+  scale_row(z, weight / softmax.total, n_padded);
+  z[target] -= weight;
+  return weight * (logf(softmax.total) + (softmax.top - z_target));
+}
+
+// Lowest index of the largest logit and its share of the softmax; label -1 if a logit is not finite.
+struct Prediction {
+  int64_t label;
+  float confidence;
+};
+
+static inline Prediction predict_row(float* z, const float* shift, int64_t n, int64_t n_padded) {
+  Vec best = splat(kPadLogit);
+  IntVec where{}, here;
+  for (int64_t i = 0; i < kWidth; ++i) here[i] = static_cast<int32_t>(i);
+  const int32_t width = static_cast<int32_t>(kWidth);
+  for (int64_t i = 0; i < n_padded; i += kWidth) {
+    const Vec x = load(z + i) + load(shift + i);
+    const IntVec larger = x > best;
+    best = larger ? x : best;
+    where = larger ? here : where;
+    here += width;
+  }
+  const float top = max(best);
+  int64_t label = n;
+  for (int64_t i = 0; i < kWidth; ++i)
+    if (best[i] == top) label = min(label, where[i]);
+  const Softmax softmax = exponentiate(z, shift, n_padded);
+  if (!__builtin_isfinite(softmax.total) || label >= n) return {-1, 0.0f};
+  return {label, 1.0f / softmax.total};
+}
+
+}  // namespace ulfine::ULFINE_ISA

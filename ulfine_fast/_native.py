@@ -1,0 +1,262 @@
+"""Bridge to the compiled extension: the only file that handles raw pointers, scratch memory and streams.
+
+The extension knows nothing of torch: it takes addresses, sizes and a thread count. Every function here
+receives tensors that the public op has checked, widens them to contiguous float32, allocates the outputs and
+calls it.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+try:
+    from ulfine_fast import _C
+
+    error = ""
+except ImportError as cause:
+    _C = None
+    error = f"the compiled extension is missing ({cause}); reinstall with a C++ compiler"
+
+_local = threading.local()
+
+
+def isa() -> str:
+    """Instruction set that the CPU kernels use on this machine: baseline, avx2 or avx512."""
+    return "none" if _C is None else _C.isa()
+
+
+def has_cuda() -> bool:
+    """Whether the extension was built with nvcc."""
+    return _C is not None and _C.has_cuda
+
+
+def _scratch(floats: int) -> int:
+    """Address of at least `floats` float32 of working memory of this thread.
+
+    It is kept between calls: fresh pages cost more than the arithmetic on them.
+    """
+    buffer = getattr(_local, "buffer", None)
+    if buffer is None or buffer.numel() < floats:
+        _local.buffer = buffer = torch.empty(floats, dtype=torch.float32)
+    return buffer.data_ptr()
+
+
+def release_scratch() -> None:
+    """Free the working memory that this thread keeps between calls."""
+    _local.buffer = None
+
+
+def _f32(tensor: Tensor) -> Tensor:
+    # The test costs a tenth of two calls that would change nothing.
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.to(torch.float32).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def proto_logits(features: Tensor, prototypes: Tensor, scale: float) -> Tensor:
+    x, p = _f32(features), _f32(prototypes)
+    (b, d), c = x.shape, p.shape[0]
+    logits = torch.empty(b, c, dtype=torch.float32, device=x.device)
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _C.proto_logits_cuda(x.data_ptr(), p.data_ptr(), logits.data_ptr(), b, c, d, scale, stream)
+    else:
+        threads = torch.get_num_threads()
+        scratch = _scratch(_C.proto_logits_scratch(b, c, d, threads))
+        _C.proto_logits(x.data_ptr(), p.data_ptr(), logits.data_ptr(), scratch, b, c, d, scale, threads)
+    return logits.to(features.dtype)
+
+
+def proto_logits_backward(
+    grad: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    scale: float,
+    need_features: bool,
+    need_prototypes: bool,
+) -> tuple[Tensor, Tensor]:
+    g, x, p = _f32(grad), _f32(features), _f32(prototypes)
+    (b, d), c = x.shape, p.shape[0]
+    d_x = torch.empty(x.shape if need_features else 0)
+    d_p = torch.empty(p.shape if need_prototypes else 0)
+    threads = torch.get_num_threads()
+    _C.proto_logits_backward(
+        g.data_ptr(),
+        x.data_ptr(),
+        p.data_ptr(),
+        d_x.data_ptr() if need_features else 0,
+        d_p.data_ptr() if need_prototypes else 0,
+        _scratch(_C.proto_logits_backward_scratch(b, c, d, threads)),
+        b,
+        c,
+        d,
+        scale,
+        threads,
+    )
+    return d_x.to(features.dtype), d_p.to(prototypes.dtype)
+
+
+def pseudo_label(
+    features: Tensor,
+    linear: Tensor,
+    prototypes: Tensor,
+    threshold: Tensor,
+    align: Tensor,
+    eta: float,
+    linear_scale: float,
+    proto_scale: float,
+    temperature: float,
+    normalize_linear: bool,
+    scale_rows: int,
+) -> tuple[Tensor, ...]:
+    x, w, t, limit = _f32(features), _f32(linear), _f32(prototypes), _f32(threshold)
+    (b, d), c = x.shape, w.shape[0]
+    label = torch.empty(b, dtype=torch.int64)
+    confidence = torch.empty(b)
+    keep = torch.empty(b, dtype=torch.bool)
+    histogram = torch.empty(c, dtype=torch.int64)
+    kept_histogram = torch.empty(c, dtype=torch.int64)
+    branch_scale = torch.empty(2)
+    threads = torch.get_num_threads()
+    _C.pseudo_label(
+        x.data_ptr(),
+        w.data_ptr(),
+        t.data_ptr(),
+        limit.data_ptr(),
+        limit.numel(),
+        label.data_ptr(),
+        confidence.data_ptr(),
+        keep.data_ptr(),
+        histogram.data_ptr(),
+        kept_histogram.data_ptr(),
+        branch_scale.data_ptr(),
+        _scratch(_C.pseudo_label_scratch(b, c, d, scale_rows, threads)),
+        b,
+        c,
+        d,
+        eta,
+        float(align),
+        linear_scale,
+        proto_scale,
+        temperature,
+        normalize_linear,
+        scale_rows,
+        threads,
+    )
+    return label, confidence, keep, histogram, kept_histogram, branch_scale
+
+
+def dual_cross_entropy(
+    features: Tensor,
+    targets: Tensor,
+    linear: Tensor,
+    prototypes: Tensor,
+    weights: Tensor,
+    adjustment: Tensor | None,
+    group: Tensor | None,
+    align: Tensor,
+    eta: float,
+    linear_scale: float,
+    proto_scale: float,
+    fused: bool,
+    normalize_linear: bool,
+    need_features: bool,
+    need_linear: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, w, t, weight = _f32(features), _f32(linear), _f32(prototypes), _f32(weights)
+    (b, d), c = x.shape, w.shape[0]
+    target = targets.contiguous()
+    shift = None if adjustment is None else _f32(adjustment)
+    row_group = None if group is None else group.contiguous()
+    loss = torch.empty(())
+    d_x = torch.empty(x.shape if need_features else 0)
+    d_w = torch.empty(w.shape if need_linear else 0)
+    groups = 0 if shift is None else shift.shape[0]
+    threads = torch.get_num_threads()
+    _C.dual_cross_entropy(
+        x.data_ptr(),
+        target.data_ptr(),
+        w.data_ptr(),
+        t.data_ptr(),
+        weight.data_ptr(),
+        _address(shift),
+        groups,
+        _address(row_group),
+        loss.data_ptr(),
+        d_x.data_ptr() if need_features else 0,
+        d_w.data_ptr() if need_linear else 0,
+        _scratch(_C.dual_cross_entropy_scratch(b, c, d, groups, fused, need_features, need_linear, threads)),
+        b,
+        c,
+        d,
+        eta,
+        float(align),
+        linear_scale,
+        proto_scale,
+        fused,
+        normalize_linear,
+        threads,
+    )
+    return loss, d_x, d_w
+
+
+def proto_fit_(
+    features: Tensor,
+    targets: Tensor,
+    histogram: Tensor,
+    textual: Tensor,
+    visual: Tensor,
+    seen: Tensor,
+    distribution: Tensor,
+    mu: float,
+    beta: float,
+    gamma: float,
+) -> None:
+    x, target, mass = _f32(features), targets.contiguous(), _f32(histogram)
+    (b, d), c = x.shape, textual.shape[0]
+    threads = torch.get_num_threads()
+    _C.proto_fit(
+        x.data_ptr(),
+        target.data_ptr(),
+        mass.data_ptr(),
+        textual.data_ptr(),
+        visual.data_ptr(),
+        seen.data_ptr(),
+        distribution.data_ptr(),
+        _scratch(_C.proto_fit_scratch(b, c, d, threads)),
+        b,
+        c,
+        d,
+        mu,
+        beta,
+        gamma,
+        threads,
+    )
+
+
+def orthogonality(prototypes: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The value, and the gradient of `weight` times the value."""
+    p = _f32(prototypes)
+    c, d = p.shape
+    value = torch.empty(())
+    gradient = torch.empty(c, d)
+    threads = torch.get_num_threads()
+    _C.orthogonality(
+        p.data_ptr(),
+        value.data_ptr(),
+        gradient.data_ptr(),
+        weight,
+        _scratch(_C.orthogonality_scratch(c, d, threads)),
+        c,
+        d,
+        threads,
+    )
+    return value, gradient

@@ -1,0 +1,113 @@
+"""Which implementation of an op runs: `auto`, or one that the caller names.
+
+`auto` takes the fastest implementation that this project has measured for the device and the dtype and may
+change its mind; a name never falls back: if it cannot run, the call raises and says why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ulfine_fast import _native
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+# Ops that each explicit back end has; `reference` has them all. `auto` never picks an unmeasured one.
+OPS = ("proto_logits", "pseudo_label", "dual_cross_entropy", "proto_fit", "orthogonality")
+IMPLEMENTED = {"reference": OPS, "cpp": OPS, "triton": ("proto_logits",), "cuda": ("proto_logits",)}
+
+_selected = "auto"
+
+
+class Availability(NamedTuple):
+    """Whether a back end was built into this installation, whether it can run here, and why not."""
+
+    built: bool
+    available: bool
+    reason: str
+
+
+def availability() -> dict[str, Availability]:
+    """State of every back end on this machine."""
+    gpu = torch.cuda.is_available()
+    no_gpu = "no CUDA device: torch.cuda.is_available() is False"
+    cpp = Availability(True, True, f"CPU instruction set: {_native.isa()}")
+    if _native.error:
+        cpp = Availability(False, False, _native.error)
+    built = _native.has_cuda()
+    cuda = Availability(built, built and gpu, "" if built and gpu else no_gpu)
+    if not built:
+        cuda = Availability(False, False, "the extension was built without nvcc (ULFINE_CUDA=ON requires it)")
+    has_triton = importlib.util.find_spec("triton") is not None
+    triton = Availability(has_triton, has_triton and gpu, "" if gpu else no_gpu)
+    if not has_triton:
+        triton = Availability(False, False, "the package triton is not installed")
+    return {
+        "reference": Availability(True, True, "pure PyTorch, every device and dtype"),
+        "cpp": cpp,
+        "triton": triton,
+        "cuda": cuda,
+    }
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every op without an explicit `backend=` runs on `name`; blocks nest.
+
+    The choice is one per process, not per thread: set it where the program starts, or around a
+    measurement.
+    """
+    global _selected
+    _known(name)
+    previous, _selected = _selected, name
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+def _known(name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}, got {name!r}")
+
+
+def choose(op: str, features: Tensor, dtype: torch.dtype, requested: str | None = None) -> str:
+    """Name of the back end that runs `op` on `features` with arithmetic in `dtype`; raises if it cannot."""
+    name = _selected if requested is None else requested
+    _known(name)
+    if name == "reference":
+        return name
+    device = features.device.type
+    if name == "auto":
+        fits = device == "cpu" and dtype == torch.float32 and not _native.error
+        return "cpp" if fits else "reference"
+    if op not in IMPLEMENTED[name]:
+        have = [b for b in BACKENDS if op in IMPLEMENTED[b]]
+        raise RuntimeError(f"{op}: {name} has no kernel for it; implemented by: {', '.join(have)}")
+    if dtype == torch.float64:
+        raise RuntimeError(f"{op}: {name} computes in float32, got float64; use backend='reference'")
+    if name == "cpp":
+        if _native.error:
+            raise RuntimeError(f"{op}: cpp is not available: {_native.error}")
+        if device != "cpu":
+            raise RuntimeError(f"{op}: cpp needs a CPU tensor, got {device}")
+        return name
+    if device != "cuda" and not (name == "triton" and _interpreting()):
+        raise RuntimeError(f"{op}: {name} needs a CUDA tensor, got {device}; here: auto, reference, cpp")
+    state = availability()[name]
+    if device == "cuda" and not state.available:
+        raise RuntimeError(f"{op}: {name} is not available: {state.reason}")
+    return name
+
+
+def _interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

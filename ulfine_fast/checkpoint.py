@@ -1,0 +1,95 @@
+"""Checkpoints that are either whole or absent, and that say when they do not fit the run.
+
+One safetensors file holds everything: tensors as tensors, the rest as JSON in its metadata, and a digest of
+both. It is written beside its place and renamed onto it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; at the end of the block it is renamed onto `path`.
+
+    Whoever reads `path` finds the old content or the new, never a part. If the block raises, `path` is
+    untouched and the temporary file is gone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            # the rename may reach the disk before the data does
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(tensor: Tensor) -> str:
+    """16 hexadecimal digits that stand for shape, dtype and content of `tensor`."""
+    state = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8)
+    state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write named tensors and a JSON record to `path`, atomically."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(record, allow_nan=False)
+    metadata = {"format": str(FORMAT), "record": text, "digest": _digest_of(tensors, text)}
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of `path`. CheckpointError, naming the file, if it is damaged or of another format."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if metadata.get("digest") != _digest_of(tensors, metadata.get("record", "")):
+            raise CheckpointError(f"{path}: damaged checkpoint: its digest does not fit its content")
+    except (SafetensorError, UnicodeDecodeError) as cause:
+        raise CheckpointError(f"{path}: damaged checkpoint: {cause}") from cause
+    if metadata["format"] != str(FORMAT):
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {metadata['format']}")
+    return tensors, json.loads(metadata["record"])
+
+
+def first_difference(saved: Any, now: Any, name: str = "") -> str | None:
+    """Dotted name of the first field in which two nested records differ, with both values; None if equal."""
+    if isinstance(saved, Mapping) and isinstance(now, Mapping):
+        for key in [*now, *(key for key in saved if key not in now)]:
+            dotted = f"{name}.{key}" if name else key
+            found = first_difference(saved.get(key), now.get(key), dotted)
+            if found:
+                return found
+        return None
+    return None if saved == now else f"{name}: expected {saved!r}, got {now!r}"
+
+
+def _digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
+    names = "".join(f"{name}={digest(tensors[name])};" for name in sorted(tensors))
+    return hashlib.blake2b((names + text).encode(), digest_size=16).hexdigest()

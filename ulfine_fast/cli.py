@@ -1,0 +1,463 @@
+"""The command `ulfine-fast`: demo, train, evaluate, info.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage. Heavy modules are imported by the command that needs them, so
+that help comes at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from ulfine_fast.config import METHODS, Data, Method, Schedule
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CONFIG = "config.json"
+FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+
+Device = Literal["auto", "cpu", "cuda"]
+DATA, SCHEDULE = Data(), Schedule()
+
+
+class _Commands(TyperGroup):
+    """Turns failures into one or two lines and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            _say("stopped by Ctrl-C" + _how_to_resume(ctx))
+        except FAILURES as error:
+            if ctx.params.get("traceback"):
+                raise
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            _say("error: " + "\n".join(lines[:2]))
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Long-tailed semi-supervised fine-tuning of vision-language models on cached features.",
+)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _how_to_resume(ctx: Any) -> str:
+    run_dir = ctx.meta.get("run_dir")
+    if run_dir is None:
+        return "; nothing was half written, run the same command again"
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    command = shlex.join(["ulfine-fast", *words, "--resume"])
+    return f"; continue from the last checkpoint with:\n  {command}"
+
+
+def _version(show: bool) -> None:
+    if show:
+        from ulfine_fast import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error came from, not only what it says.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+Threads = Annotated[
+    int, typer.Option(min=0, help="CPU threads; 0 takes torch's choice (results may differ in the last bit).")
+]
+
+
+def _known(name: str) -> str:
+    if name not in METHODS:
+        raise typer.BadParameter(f"expected one of {', '.join(METHODS)}, got {name!r}")
+    return name
+
+
+def _known_or_all(names: list[str] | None) -> list[str]:
+    return [_known(name) for name in names or METHODS]
+
+
+@app.command(
+    epilog="Example: [bold]ulfine-fast demo --seeds 1[/bold]",
+)
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            callback=_known_or_all,
+            metavar="NAME",
+            help="Only this method; repeat for more.",
+            show_default="all",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = SCHEDULE.steps,
+    threads: Threads = 0,
+) -> None:
+    """Train every method on the data that ships with the package, and compare them.
+
+    The first run encodes 18,000 views (about 3 minutes on one core), later runs read them from the cache.
+    """
+    _set_threads(threads)
+    from ulfine_fast.demo import run_demo
+
+    chosen = {name: METHODS[name] for name in method}
+    run_demo(
+        out, seeds=range(seeds), methods=chosen, schedule=replace(SCHEDULE, steps=steps), console=_console()
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n[bold]ulfine-fast train --method ulfine --seed 1 --out runs/first[/bold]\n\n"
+    "[bold]ulfine-fast train --method ulfine --set mu=0.01 --set adjust_unlabelled=kept[/bold]\n\n"
+    "[bold]ulfine-fast train --method fixmatch --unlabelled reversed --steps 2000 --resume[/bold]",
+)
+def train(
+    ctx: typer.Context,
+    method: Annotated[
+        str, typer.Option(callback=_known, metavar="NAME", help=f"Preset: {', '.join(METHODS)}.")
+    ] = "ulfine",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change one field of the preset; repeat for more."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="fashion-mnist-subset or fashion-mnist.")] = DATA.dataset,
+    protocol: Annotated[
+        Literal["acr", "daso", "usb"], typer.Option(help="How the split is drawn.")
+    ] = DATA.protocol,
+    labelled_largest: Annotated[
+        int, typer.Option(min=1, help="Labelled images of the largest class.")
+    ] = DATA.labelled_largest,
+    unlabelled_largest: Annotated[
+        int, typer.Option(min=0, help="Unlabelled images of the largest class.")
+    ] = DATA.unlabelled_largest,
+    imbalance: Annotated[float, typer.Option(min=1, help="Largest class / smallest class.")] = DATA.imbalance,
+    unlabelled: Annotated[
+        Literal["consistent", "uniform", "reversed"],
+        typer.Option(help="Order of the unlabelled class sizes against the labelled ones."),
+    ] = DATA.unlabelled,
+    class_order: Annotated[
+        Literal["index", "shuffled"],
+        typer.Option(help="Head to tail by class index, or drawn from the seed."),
+    ] = DATA.class_order,
+    size: Annotated[
+        int, typer.Option(min=32, help="Side of the encoder's input in pixels, a multiple of 32.")
+    ] = DATA.size,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the training.")] = DATA.seed,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = SCHEDULE.steps,
+    labelled_batch: Annotated[
+        int, typer.Option(min=1, help="Labelled images per step.")
+    ] = SCHEDULE.labelled_batch,
+    unlabelled_batch: Annotated[
+        int, typer.Option(min=0, help="Unlabelled images per step.")
+    ] = SCHEDULE.unlabelled_batch,
+    optimizer: Annotated[
+        Literal["sgd", "adamw"], typer.Option(help="sgd has momentum 0.9.")
+    ] = SCHEDULE.optimizer,
+    learning_rate: Annotated[
+        float, typer.Option(help="Learning rate at the start; a cosine takes it to 0.")
+    ] = SCHEDULE.learning_rate,
+    weight_decay: Annotated[
+        float, typer.Option(min=0, help="Weight decay of the linear probe.")
+    ] = SCHEDULE.weight_decay,
+    log_every: Annotated[
+        int, typer.Option(min=1, help="Steps between two records of the history.")
+    ] = SCHEDULE.log_every,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 100,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint in the run folder.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run folder of another configuration.")
+    ] = False,
+    device: Annotated[Device, typer.Option(help="auto takes CUDA if there is a device.")] = "auto",
+    threads: Threads = 0,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Let torch use deterministic algorithms only.")
+    ] = False,
+) -> None:
+    """Train one method on one split; write checkpoint, metrics, predictions and pictures."""
+    try:
+        data = Data(
+            dataset=dataset,
+            protocol=protocol,
+            labelled_largest=labelled_largest,
+            unlabelled_largest=unlabelled_largest,
+            imbalance=imbalance,
+            unlabelled=unlabelled,
+            class_order=class_order,
+            seed=seed,
+            size=size,
+        )
+        chosen = _changed(METHODS[method], setting or [])
+        schedule = Schedule(
+            steps=steps,
+            labelled_batch=labelled_batch,
+            unlabelled_batch=unlabelled_batch,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            seed=seed,
+            log_every=log_every,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    run_dir = out or Path("runs") / method
+    configuration = {
+        "data": asdict(data),
+        "name": method,
+        "method": asdict(chosen),
+        "schedule": asdict(schedule),
+    }
+    _set_threads(threads)
+    _set_deterministic(deterministic)
+    _check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
+    from ulfine_fast import experiment, report
+
+    console = _console()
+    console.print(f"Data: {data.dataset} at {data.size} px, from the cache or encoded now (first time only)")
+    features = experiment.load_data(data)
+    console.print(
+        report.split_report(
+            experiment.split_rows(features), f"Split of seed {seed} ({protocol}, {unlabelled})"
+        )
+    )
+    console.print(f"Training {method}: {chosen.summary}; {steps if chosen.trained else 0} steps")
+    _claim(run_dir, configuration, resume=resume)
+    ctx.meta["run_dir"] = run_dir
+    outcome = experiment.run(
+        features,
+        chosen,
+        schedule,
+        device=_device(device),
+        run_dir=run_dir,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+    )
+    experiment.write_run(run_dir, configuration, features, outcome)
+    _print_metrics(console, outcome.metrics, f"{method}, {outcome.training.seconds:.1f} s of training")
+    console.print(f"Wrote metrics.json, predictions.csv, pictures and the checkpoint to {run_dir}")
+
+
+@app.command(epilog="Example: [bold]ulfine-fast evaluate runs/first[/bold]")
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="Folder that train wrote.", metavar="RUN_DIR")],
+    device: Annotated[Device, typer.Option(help="auto takes CUDA if there is a device.")] = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Load the checkpoint of a run, evaluate it on the test set, write evaluation.json."""
+    _set_threads(threads)
+    configuration = _read_configuration(run_dir)
+    from ulfine_fast import experiment, report
+    from ulfine_fast.checkpoint import load_checkpoint
+    from ulfine_fast.trainer import CHECKPOINT, build_head, load_head
+    from ulfine_fast.trainer import evaluate as evaluate_head
+
+    if not (run_dir / CHECKPOINT).exists():
+        raise FileNotFoundError(f"{run_dir}: expected {CHECKPOINT}, got none; finish it with train --resume")
+    features = experiment.load_data(Data(**configuration["data"]))
+    head = build_head(features.prototypes, Method(**configuration["method"]))
+    tensors, record = load_checkpoint(run_dir / CHECKPOINT)
+    load_head(head, tensors)
+    head.to(_device(device))
+    metrics = evaluate_head(head, features.test, features.test_labels, features.labelled_counts)
+    report.write_json(
+        run_dir / "evaluation.json",
+        {
+            **experiment.surroundings(),
+            "units": experiment.UNITS,
+            "steps": record["steps"],
+            "metrics": metrics,
+        },
+    )
+    console = _console()
+    _print_metrics(console, metrics, f"{configuration['name']} after {record['steps']} steps")
+    console.print(f"Wrote evaluation.json to {run_dir}")
+
+
+@app.command(epilog="Example: [bold]ulfine-fast info --json[/bold]")
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print versions, threads, the back ends that can run here, and the cache."""
+    import torch
+
+    from ulfine_fast.backend import IMPLEMENTED, availability
+    from ulfine_fast.cache import default_cache_dir
+    from ulfine_fast.experiment import versions
+
+    folder = default_cache_dir()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    known = versions()
+    record = {
+        "version": known["ulfine_fast"],
+        "versions": known,
+        "threads": torch.get_num_threads(),
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "backends": {
+            name: {**state._asdict(), "ops": list(IMPLEMENTED[name])}
+            for name, state in availability().items()
+        },
+        "cache": {"folder": str(folder), "bytes": size},
+    }
+    if as_json:
+        typer.echo(json.dumps(record, indent=1))
+    else:
+        _print_info(record)
+
+
+def _print_info(record: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = _console()
+    versions = ", ".join(
+        f"{name} {value}" for name, value in record["versions"].items() if name != "ulfine_fast"
+    )
+    console.print(f"ulfine-fast {record['version']} ({versions})")
+    console.print(f"CPU threads: {record['threads']}; CUDA device: {record['cuda_device'] or 'none'}")
+    table = Table(box=None, pad_edge=False)
+    for column in ("back end", "runs here", "ops", "note"):
+        table.add_column(column, overflow="fold")
+    for name, state in record["backends"].items():
+        ops = "all" if len(state["ops"]) > 4 else ", ".join(state["ops"])
+        table.add_row(name, "yes" if state["available"] else "no", ops, state["reason"])
+    console.print(table)
+    console.print(
+        f"Feature cache: {record['cache']['folder']}, {record['cache']['bytes'] / 1e6:.1f} MB", soft_wrap=True
+    )
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Piped output keeps its tables whole.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
+    return Console(width=width, highlight=False)
+
+
+def _set_threads(threads: int) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _set_deterministic(deterministic: bool) -> None:
+    if deterministic:
+        import torch
+
+        # cuBLAS is deterministic with a fixed workspace only
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: expected a CUDA device, got none; use --device cpu")
+    return name
+
+
+def _changed(method: Method, settings: list[str]) -> Method:
+    """`method` with FIELD=VALUE settings; ValueError for an unknown field or a value of another type."""
+    known = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "summary"}
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in known:
+            raise ValueError(f"--set: expected one of {', '.join(known)}, got {name!r}")
+        kind = type(known[name])
+        if kind is bool:
+            if text not in ("true", "false"):
+                raise ValueError(f"--set {name}: expected true or false, got {text!r}")
+            changes[name] = text == "true"
+        else:
+            try:
+                changes[name] = kind(text)
+            except ValueError as error:
+                raise ValueError(f"--set {name}: expected {kind.__name__}, got {text!r}") from error
+    return replace(method, **changes)
+
+
+def _check_claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Raise unless `run_dir` may become, or is, the folder of `configuration`."""
+    from ulfine_fast.checkpoint import first_difference
+
+    if (run_dir / CONFIG).exists():
+        difference = first_difference(_read_configuration(run_dir), configuration)
+        if difference and not overwrite:
+            raise FileExistsError(
+                f"{run_dir} holds another run: {difference}\nchoose another --out, or --overwrite it"
+            )
+    elif resume:
+        raise FileNotFoundError(f"--resume: expected a run in {run_dir}, got no {CONFIG}")
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())) and not overwrite:
+        raise FileExistsError(f"{run_dir}: expected a run folder or an empty one, got something else")
+
+
+def _claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool) -> None:
+    """Make `run_dir` the folder of `configuration`; a checkpoint stays only to be resumed."""
+    from ulfine_fast.report import write_json
+    from ulfine_fast.trainer import CHECKPOINT
+
+    if not resume:
+        (run_dir / CHECKPOINT).unlink(missing_ok=True)
+    write_json(run_dir / CONFIG, configuration)
+
+
+def _read_configuration(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir}: expected the folder of a run, got no {CONFIG} in it")
+    try:
+        configuration = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
+    missing = {"data", "name", "method", "schedule"} - set(configuration)
+    if missing:
+        raise ValueError(f"{path}: expected {', '.join(sorted(missing))}, got none")
+    return configuration
+
+
+def _print_metrics(console: Console, metrics: dict[str, dict[str, Any]], title: str) -> None:
+    from ulfine_fast.report import branch_table
+
+    console.print(branch_table(metrics, title))
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app(prog_name="ulfine-fast")

@@ -1,0 +1,144 @@
+"""One run from its configuration to its metrics: what the demo and the command line share."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ulfine_fast import report
+from ulfine_fast.config import Data, Method, Schedule
+from ulfine_fast.features import FeatureData, load_features
+from ulfine_fast.head import DualHead
+from ulfine_fast.splits import ClassRow, split_table
+from ulfine_fast.trainer import Predictions, TrainResult, build_head, evaluate, predict, train
+
+UNITS = {"accuracy": "fraction of images, 0 to 1", "loss": "nats", "seconds": "s", "std": "sample, n - 1"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained head and what it does on the test set."""
+
+    head: DualHead
+    training: TrainResult
+    metrics: dict[str, dict[str, Any]]  # by branch, see `classification_metrics`
+    predictions: Predictions  # of the fused head
+
+
+def load_data(choice: Data, *, progress: bool = True) -> FeatureData:
+    """Features of `choice`, from the cache or encoded into it."""
+    options = asdict(choice)
+    return load_features(options.pop("dataset"), progress=progress, **options)
+
+
+def run(
+    data: FeatureData,
+    method: Method,
+    schedule: Schedule,
+    *,
+    device: str = "cpu",
+    run_dir: Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 500,
+    progress: bool = True,
+) -> Outcome:
+    """Train `method` on `data` and evaluate it on the test set; the options are those of `train`."""
+    head = build_head(data.prototypes, method, schedule.seed).to(device)
+    training = train(
+        head,
+        data,
+        method,
+        schedule,
+        run_dir=run_dir,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )
+    return outcome(head, training, data)
+
+
+def outcome(head: DualHead, training: TrainResult, data: FeatureData) -> Outcome:
+    """Evaluate a trained head on the test set of `data`."""
+    metrics = evaluate(head, data.test, data.test_labels, data.labelled_counts)
+    return Outcome(head, training, metrics, predict(head, data.test))
+
+
+def split_rows(data: FeatureData) -> list[ClassRow]:
+    """`split_table` of the split behind `data`."""
+    split = data.split
+    labels = np.zeros(
+        1 + max(part.max(initial=0) for part in (split.labelled, split.unlabelled)), dtype=np.int64
+    )
+    labels[split.labelled] = data.labels
+    labels[split.unlabelled] = data.unlabelled_truth
+    return split_table(split, labels, data.class_names)
+
+
+def curve(history: Sequence[Mapping[str, Any]], branch: str) -> list[dict[str, Any]]:
+    """Pseudo-label metrics of `branch` at each log step, [] for a run without unlabelled data."""
+    return [
+        {"step": record["step"], **record["pseudo_labels"][branch]}
+        for record in history
+        if "pseudo_labels" in record
+    ]
+
+
+def write_run(run_dir: Path, configuration: Mapping[str, Any], data: FeatureData, outcome: Outcome) -> None:
+    """metrics.json, predictions.csv and the pictures of one run; the pictures compare the branches."""
+    training, rows = outcome.training, split_rows(data)
+    report.write_json(
+        run_dir / "metrics.json",
+        {
+            **surroundings(),
+            "units": UNITS,
+            "configuration": configuration,
+            "classes": [row._asdict() for row in rows],
+            "steps": training.steps,
+            "seconds": training.seconds,
+            "skipped": training.skipped,
+            "metrics": outcome.metrics,
+            "history": training.history,
+        },
+    )
+    report.write_predictions(
+        run_dir / "predictions.csv", data.test_labels, {configuration["name"]: outcome.predictions}
+    )
+    order = data.split.class_order
+    curves = {branch: curve(training.history, branch) for branch in outcome.metrics}
+    trained_on_unlabelled = all(curves.values())
+    report.save_pictures(
+        run_dir,
+        [row.name for row in rows],
+        labelled=[row.labelled for row in rows],
+        unlabelled=[row.unlabelled for row in rows],
+        truth=data.unlabelled_counts.numpy()[order],
+        accuracy={branch: [m["per_class"][k] for k in order] for branch, m in outcome.metrics.items()},
+        curves=curves if trained_on_unlabelled else {},
+        estimates={configuration["name"]: [training.history[-1]["distribution"][k] for k in order]}
+        if trained_on_unlabelled
+        else {},
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what its numbers depend on."""
+    from ulfine_fast import __version__
+
+    return {
+        "ulfine_fast": __version__,
+        "torch": torch.__version__,
+        "numpy": importlib.metadata.version("numpy"),
+        "python": platform.python_version(),
+    }
+
+
+def surroundings() -> dict[str, Any]:
+    """What the numbers of a run depend on beside its configuration, for its records."""
+    return {"versions": versions(), "threads": torch.get_num_threads(), "processor": platform.machine()}

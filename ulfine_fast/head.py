@@ -1,0 +1,113 @@
+"""The two-branch head: a linear probe beside textual prototypes, composed of the five ops.
+
+It adds no maths of its own: every formula is the docstring of the op that is called.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ulfine_fast.ops import PseudoLabels, dual_cross_entropy, orthogonality, pseudo_label
+from ulfine_fast.ops._rows import unit_rows
+from ulfine_fast.state import PrototypeState
+
+
+class DualHead(nn.Module):
+    """Linear probe [C, D] and `PrototypeState`, read as one classifier.
+
+    Args:
+        text: [C, D] text features of the classes, the start of the textual prototypes.
+        linear: [C, D] start of the linear probe; None starts it from the text too.
+        eta: weight of the linear branch in [0, 1]; 1 is the probe alone, 0 the prototypes alone.
+        linear_scale, proto_scale: inverse temperatures of the branches, above 0.
+        normalize_linear: True for a cosine probe, False for a plain linear one.
+        loss_on: "branches" or "fused", see `dual_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        text: Tensor,
+        linear: Tensor | None = None,
+        *,
+        eta: float = 0.5,
+        linear_scale: float = 25.0,
+        proto_scale: float = 25.0,
+        normalize_linear: bool = True,
+        loss_on: str = "branches",
+    ) -> None:
+        super().__init__()
+        self.state = PrototypeState(text)
+        start = self.state.text if linear is None else linear.detach().to(torch.float32)
+        self.linear = nn.Parameter(start.clone())
+        self.eta = eta
+        self.scales = {
+            "linear_scale": linear_scale,
+            "proto_scale": proto_scale,
+            "normalize_linear": normalize_linear,
+        }
+        self.loss_on = loss_on
+
+    def pseudo_label(
+        self,
+        weak: Tensor,
+        threshold: float | Tensor,
+        *,
+        temperature: float = 1.0,
+        scale_rows: int | None = None,
+    ) -> PseudoLabels:
+        """Pseudo-labels of weak views [B_u, D] from the fused branches, without gradient."""
+        return pseudo_label(
+            weak,
+            self.linear,
+            self.state.textual,
+            threshold,
+            align=self.state.align(),
+            eta=self.eta,
+            temperature=temperature,
+            scale_rows=scale_rows,
+            **self.scales,
+        )
+
+    def loss(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        weights: Tensor | None = None,
+        *,
+        adjustment: Tensor | None = None,
+        group: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of labelled and strong rows [B, D]; rows of weight 0 are not computed."""
+        return dual_cross_entropy(
+            features,
+            targets,
+            self.linear,
+            self.state.textual.detach(),
+            weights,
+            adjustment=adjustment,
+            group=group,
+            align=self.state.align(),
+            eta=self.eta,
+            loss_on=self.loss_on,
+            **self.scales,
+        )
+
+    def orthogonality(self) -> Tensor:
+        """Mean squared cosine of two different textual prototypes."""
+        return orthogonality(self.state.textual)
+
+    @torch.no_grad()
+    def folded(self) -> Tensor:
+        """[C, D] matrix M with fused logits = unit(features) @ M', the head as one linear layer to export."""
+        linear = unit_rows(self.linear, torch.float32) if self.scales["normalize_linear"] else self.linear
+        textual = F.normalize(self.state.textual, dim=-1)
+        on_linear = self.eta * self.scales["linear_scale"]
+        on_textual = (1.0 - self.eta) * self.scales["proto_scale"] * self.state.align()
+        return on_linear * linear + on_textual * textual
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> Tensor:
+        """Fused logits [B, C] float32 of features [B, D], for prediction."""
+        return unit_rows(features, torch.float32) @ self.folded().T

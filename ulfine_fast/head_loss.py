@@ -1,0 +1,259 @@
+"""The whole loss of one step as one differentiable call: pseudo-labels, both cross-entropies, orthogonality.
+
+    loss = 1/B_l  sum over labelled rows  CE(row, target)
+         + unlabelled_weight / (V B_u)  sum over kept strong rows  CE(row, pseudo-label of its weak view)
+         + orthogonality_weight * orthogonality(prototypes)
+
+A composition of `pseudo_label`, `dual_cross_entropy` and `orthogonality`, with no maths of its own. It exists
+because a small head costs less than three trips through the dispatcher and autograd: with 100 classes they are
+a quarter of the step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast import _native
+from ulfine_fast.backend import choose
+from ulfine_fast.ops import _checks
+from ulfine_fast.ops._handover import hand_over, keep
+from ulfine_fast.ops._rows import working_dtype
+from ulfine_fast.ops.dual_cross_entropy import LOSS_ON, dual_cross_entropy_reference
+from ulfine_fast.ops.orthogonality import orthogonality_reference
+from ulfine_fast.ops.pseudo_label import PseudoLabels, pseudo_label_reference, scalar
+
+
+def _step_rows(
+    targets: Tensor, pseudo: PseudoLabels, strong: int, unlabelled_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Target, weight and adjustment group of the labelled and, below them, the strong rows."""
+    labelled, unlabelled = len(targets), len(pseudo.label)
+    views = strong // unlabelled if unlabelled else 0
+    supervised = torch.full((labelled,), 1.0 / max(labelled, 1), device=targets.device)
+    consistent = pseudo.keep * (unlabelled_weight / max(strong, 1))
+    group = torch.zeros(labelled + strong, dtype=torch.int64, device=targets.device)
+    group[labelled:] = 1
+    return (
+        torch.cat([targets, *[pseudo.label] * views]),
+        torch.cat([supervised, *[consistent] * views]),
+        group,
+    )
+
+
+def head_loss_reference(
+    features: Tensor,
+    weak: Tensor,
+    targets: Tensor,
+    linear: Tensor,
+    prototypes: Tensor,
+    threshold: Tensor,
+    adjustment: Tensor,
+    align: Tensor,
+    eta: float,
+    linear_scale: float,
+    proto_scale: float,
+    temperature: float,
+    normalize_linear: bool,
+    scale_rows: int,
+    fused: bool,
+    unlabelled_weight: float,
+    orthogonality_weight: float,
+) -> tuple[Tensor, PseudoLabels]:
+    """The definition; see `head_loss`. `adjustment` is [2, C]: of labelled rows, of strong rows."""
+    scales = eta, linear_scale, proto_scale
+    pseudo = pseudo_label_reference(
+        weak, linear, prototypes, threshold, align, *scales, temperature, normalize_linear, scale_rows
+    )
+    rows = _step_rows(targets, pseudo, len(features) - len(targets), unlabelled_weight)
+    loss = dual_cross_entropy_reference(
+        features, rows[0], linear, prototypes.detach(), rows[1], adjustment, rows[2], align, *scales, fused,
+        normalize_linear,
+    )  # fmt: skip
+    if orthogonality_weight:
+        loss = loss + orthogonality_weight * orthogonality_reference(prototypes)
+    return loss, pseudo
+
+
+torch.library.define(
+    "ulfine::_head_loss",
+    "(Tensor features, Tensor weak, Tensor targets, Tensor linear, Tensor prototypes, Tensor threshold, "
+    "Tensor adjustment, Tensor align, float eta, float linear_scale, float proto_scale, float temperature, "
+    "bool normalize_linear, SymInt scale_rows, bool fused, float unlabelled_weight, "
+    "float orthogonality_weight, bool need_features, bool need_linear, bool need_prototypes) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("ulfine::_head_loss")
+def _(features, weak, targets, linear, prototypes, *options):
+    needed = zip((features, linear, prototypes), options[-3:], strict=True)
+    rows, classes = weak.shape[0], linear.shape[0]
+    return (
+        features.new_empty((), dtype=torch.float32),
+        *(t.new_empty(t.shape if need else 0, dtype=torch.float32) for t, need in needed),
+        weak.new_empty(rows, dtype=torch.int64),
+        weak.new_empty(rows, dtype=torch.float32),
+        weak.new_empty(rows, dtype=torch.bool),
+        weak.new_empty(classes, dtype=torch.int64),
+        weak.new_empty(classes, dtype=torch.int64),
+        weak.new_empty(2, dtype=torch.float32),
+    )
+
+
+@torch.library.impl("ulfine::_head_loss", "cpu")
+def _(
+    features, weak, targets, linear, prototypes, threshold, adjustment, align, eta, linear_scale, proto_scale,
+    temperature, normalize_linear, scale_rows, fused, unlabelled_weight, orthogonality_weight, need_features,
+    need_linear, need_prototypes,
+):  # fmt: skip
+    scales = eta, linear_scale, proto_scale
+    pseudo = PseudoLabels(
+        *_native.pseudo_label(
+            weak, linear, prototypes, threshold, align, *scales, temperature, normalize_linear, scale_rows
+        )
+    )
+    rows = _step_rows(targets, pseudo, len(features) - len(targets), unlabelled_weight)
+    loss, d_features, d_linear = _native.dual_cross_entropy(
+        features, rows[0], linear, prototypes, rows[1], adjustment, rows[2], align, *scales, fused,
+        normalize_linear, need_features, need_linear,
+    )  # fmt: skip
+    d_prototypes = prototypes.new_empty(0, dtype=torch.float32)
+    if orthogonality_weight:
+        value, gradient = _native.orthogonality(prototypes, orthogonality_weight)
+        loss.add_(value, alpha=orthogonality_weight)
+        d_prototypes = gradient if need_prototypes else d_prototypes
+    elif need_prototypes:
+        d_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
+    return loss, d_features, d_linear, d_prototypes, *pseudo
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, linear, prototypes, weak, targets, *rest):
+        tensors = features, weak, targets, linear, prototypes, *rest[:3]
+        ctx.options = *rest[3:], *ctx.needs_input_grad[:3]
+        ctx.dtypes = features.dtype, linear.dtype, prototypes.dtype
+        out = torch.ops.ulfine._head_loss.default(*tensors, *ctx.options)
+        keep(ctx, out[1:4], tensors)
+        ctx.mark_non_differentiable(*out[4:])
+        return out[0], *out[4:]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        def again(tensors):
+            return torch.ops.ulfine._head_loss.default(*tensors, *options)[1:4]
+
+        options = ctx.options
+        gradients = [
+            gradient.to(dtype) if needed else None
+            for gradient, dtype, needed in zip(
+                hand_over(ctx, grad, again), ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+            )
+        ]
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
+def head_loss(
+    features: Tensor,
+    weak: Tensor,
+    targets: Tensor,
+    linear: Tensor,
+    prototypes: Tensor,
+    threshold: float | Tensor = 0.7,
+    *,
+    adjustment: Tensor | None = None,
+    strong_adjustment: Tensor | None = None,
+    align: float | Tensor = 1.0,
+    eta: float = 0.5,
+    linear_scale: float = 25.0,
+    proto_scale: float = 25.0,
+    temperature: float = 1.0,
+    normalize_linear: bool = True,
+    scale_rows: int | None = None,
+    loss_on: str = "branches",
+    unlabelled_weight: float = 1.0,
+    orthogonality_weight: float = 1.0,
+    backend: str | None = None,
+) -> tuple[Tensor, PseudoLabels]:
+    """Loss of one step and the pseudo-labels it used.
+
+    Differentiable in `features`, in `linear` and, through orthogonality alone, in `prototypes`. Strong rows
+    whose weak view was rejected are never computed.
+
+    Args:
+        features: [B_l + V B_u, D] float; labelled rows, then V >= 0 strong views of all unlabelled images.
+        weak: [B_u, D] float; weak views of the unlabelled images, in the order of each strong view.
+        targets: [B_l] int64 below C; a negative one is left out (the sum is divided by B_l all the same).
+        linear, prototypes: [C, D] float banks of the two branches.
+        adjustment: [C] float added to the logits of labelled rows, see `dual_cross_entropy`; None is 0.
+        strong_adjustment: [C] float added to the logits of strong rows; None is 0.
+        unlabelled_weight, orthogonality_weight: weights of the terms, at least 0.
+        threshold, align, eta, linear_scale, proto_scale, temperature, normalize_linear, scale_rows: see
+            `pseudo_label`. loss_on: see `dual_cross_entropy`.
+        backend: None (the selected one), "auto", "reference" or "cpp".
+
+    Returns:
+        Scalar loss in nats, float32 (float64 if an input is), and the PseudoLabels of `weak`.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, device, label or range. RuntimeError: the named back end
+        cannot run.
+    """
+    op = "head_loss"
+    _checks.matrix(op, "features", features)
+    _checks.bank(op, "linear", linear, features)
+    classes, dim = linear.shape
+    _checks.matrix(op, "prototypes", prototypes, classes, dim)
+    _checks.matrix(op, "weak", weak, columns=dim)
+    _checks.labels(op, "targets", targets, targets.numel(), classes)
+    strong, unlabelled = len(features) - len(targets), len(weak)
+    if strong < 0 or strong % max(unlabelled, 1) or (strong and not unlabelled):
+        raise ValueError(
+            f"{op}: features must be [{len(targets)} labelled + V * {unlabelled} strong, {dim}], "
+            f"got {list(features.shape)}"
+        )
+    if isinstance(threshold, Tensor):
+        if threshold.ndim:
+            _checks.vector(op, "threshold", threshold, classes, _checks.FLOATS)
+        threshold = threshold.reshape(-1)
+    else:
+        _checks.between(op, "threshold", threshold, 0.0, 1.0)
+        threshold = torch.full((1,), threshold, device=features.device)
+    shifts = torch.zeros(2, classes, device=features.device)
+    for row, (name, shift) in enumerate(
+        (("adjustment", adjustment), ("strong_adjustment", strong_adjustment))
+    ):
+        if shift is not None:
+            _checks.vector(op, name, shift, classes, _checks.FLOATS)
+            shifts = shifts.to(torch.promote_types(shifts.dtype, shift.dtype))
+            shifts[row] = shift.detach()
+    align = scalar(op, "align", align, features).detach()
+    _checks.same_device(
+        op, features, weak=weak, targets=targets, linear=linear, prototypes=prototypes, threshold=threshold,
+        align=align,
+    )  # fmt: skip
+    _checks.between(op, "eta", eta, 0.0, 1.0)
+    _checks.positive(op, "linear_scale", linear_scale)
+    _checks.positive(op, "proto_scale", proto_scale)
+    _checks.positive(op, "temperature", temperature)
+    for name, value in (
+        ("unlabelled_weight", unlabelled_weight), ("orthogonality_weight", orthogonality_weight)
+    ):  # fmt: skip
+        _checks.between(op, name, value, 0.0, float("inf"))
+    if scale_rows is not None and scale_rows < 0:
+        raise ValueError(f"{op}: scale_rows must be None or at least 0, got {scale_rows}")
+    if loss_on not in LOSS_ON:
+        raise ValueError(f"{op}: loss_on must be {' or '.join(LOSS_ON)}, got {loss_on!r}")
+    options = (
+        threshold, shifts, align, float(eta), float(linear_scale), float(proto_scale), float(temperature),
+        normalize_linear, unlabelled if scale_rows is None else min(scale_rows, unlabelled),
+        loss_on == "fused", float(unlabelled_weight), float(orthogonality_weight),
+    )  # fmt: skip
+    weak = weak.detach()
+    dtype = working_dtype(features, weak, linear, prototypes)
+    if choose("dual_cross_entropy", features, dtype, backend) == "reference":
+        return head_loss_reference(features, weak, targets, linear, prototypes, *options)
+    loss, *pseudo = _HeadLoss.apply(features, linear, prototypes, weak, targets, *options)
+    return loss, PseudoLabels(*pseudo)

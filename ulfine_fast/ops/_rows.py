@@ -1,0 +1,24 @@
+"""Row arithmetic that the references share: the working precision and the direction of a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Squared norm at or below which a row has no direction (algorithm 3.6): it gives logits and gradients of 0.
+ZERO_NORM_SQUARED = 1e-12
+
+
+def working_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 as soon as one tensor is float64, else float32: half types are storage, never arithmetic."""
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return torch.float64
+    return torch.float32
+
+
+def unit_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows divided by their norm, [N, D] in `dtype`; a zero row stays zero and passes no gradient."""
+    rows = rows.to(dtype)
+    squared = rows.square().sum(-1, keepdim=True)
+    empty = squared <= ZERO_NORM_SQUARED
+    return torch.where(empty, rows.new_zeros(()), rows * squared.masked_fill(empty, 1.0).rsqrt())

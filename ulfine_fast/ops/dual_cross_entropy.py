@@ -1,0 +1,228 @@
+"""Cross-entropy of the linear and the prototype branch, labelled and strong rows in one call.
+
+    zl_ik = linear_scale * <x_i, w_k>     linear branch,        x, w, t: rows divided by their norm
+    zt_ik = proto_scale  * <x_i, t_k>     prototype branch
+    branches: loss = sum_i weight_i * [ CE(zl_i + a_g(i), y_i) + CE(zt_i + a_g(i), y_i) ]
+    fused:    loss = sum_i weight_i *   CE(eta * zl_i + (1 - eta) * align * zt_i + a_g(i), y_i)
+
+a_g is the logit adjustment of the row's group, tau * log prior (Menon et al., arXiv 2007.07314): 0 for rows
+without one. Prototypes are fitted, not learned: no gradient flows into them (our choice, as is the default
+of one cross-entropy per branch; source of the two branches: ULFine, arXiv 2505.05062).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ulfine_fast import _native
+from ulfine_fast.backend import choose
+from ulfine_fast.ops import _checks
+from ulfine_fast.ops._handover import hand_over, keep
+from ulfine_fast.ops._rows import working_dtype
+from ulfine_fast.ops.pseudo_label import dual_logits_reference, fuse_logits_reference, scalar
+
+LOSS_ON = ("branches", "fused")
+
+
+def dual_cross_entropy_reference(
+    features: Tensor,
+    targets: Tensor,
+    linear: Tensor,
+    prototypes: Tensor,
+    weights: Tensor,
+    adjustment: Tensor | None,
+    group: Tensor | None,
+    align: Tensor,
+    eta: float,
+    linear_scale: float,
+    proto_scale: float,
+    fused: bool,
+    normalize_linear: bool,
+) -> Tensor:
+    """The definition; see `dual_cross_entropy`. `adjustment` is [G, C]; without `group` row 0 holds for all."""
+    zl, zt = dual_logits_reference(features, linear, prototypes, linear_scale, proto_scale, normalize_linear)
+    classes = zl.shape[1]
+    used = (targets >= 0) & (targets < classes) & (weights != 0)
+    shift = zl.new_zeros(())
+    if adjustment is not None:
+        rows = torch.zeros_like(targets) if group is None else group
+        shift = torch.where(rows[:, None] >= 0, adjustment.to(zl.dtype)[rows.clamp_min(0)], 0.0)
+    branches = (fuse_logits_reference(zl, zt, eta, align),) if fused else (zl, zt)
+    # An unused row takes no part even if its logits are not finite: NaN * 0 would be NaN.
+    target = torch.where(used, targets, 0)
+    loss = zl.new_zeros(())
+    for z in branches:
+        z = torch.where(used[:, None], z + shift, 0.0)
+        row = F.cross_entropy(z, target, reduction="none")
+        loss = loss + (torch.where(used, weights.to(z.dtype), 0.0) * row).sum()
+    return loss
+
+
+torch.library.define(
+    "ulfine::_dual_cross_entropy",
+    "(Tensor features, Tensor targets, Tensor linear, Tensor prototypes, Tensor weights, Tensor? adjustment, "
+    "Tensor? group, Tensor align, float eta, float linear_scale, float proto_scale, bool fused, "
+    "bool normalize_linear, bool need_features, bool need_linear) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("ulfine::_dual_cross_entropy")
+def _(
+    features,
+    targets,
+    linear,
+    prototypes,
+    weights,
+    adjustment,
+    group,
+    align,
+    eta,
+    linear_scale,
+    proto_scale,
+    fused,
+    normalize_linear,
+    need_features,
+    need_linear,
+):
+    return (
+        features.new_empty((), dtype=torch.float32),
+        features.new_empty(features.shape if need_features else 0, dtype=torch.float32),
+        features.new_empty(linear.shape if need_linear else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.impl("ulfine::_dual_cross_entropy", "cpu")
+def _(*arguments):
+    return _native.dual_cross_entropy(*arguments)
+
+
+class _DualCrossEntropy(torch.autograd.Function):
+    """The op returns the gradients with the loss: recomputing the logits would double the work."""
+
+    @staticmethod
+    def forward(ctx, features, linear, targets, prototypes, weights, adjustment, group, align, *options):
+        tensors = features, targets, linear, prototypes, weights, adjustment, group, align
+        ctx.options = *options, *ctx.needs_input_grad[:2]
+        ctx.dtypes = features.dtype, linear.dtype
+        loss, *gradients = torch.ops.ulfine._dual_cross_entropy.default(*tensors, *ctx.options)
+        keep(ctx, gradients, tensors)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        def again(tensors):
+            return torch.ops.ulfine._dual_cross_entropy.default(*tensors, *options)[1:]
+
+        options = ctx.options
+        gradients = [
+            gradient.to(dtype) if needed else None
+            for gradient, dtype, needed in zip(
+                hand_over(ctx, grad, again), ctx.dtypes, ctx.needs_input_grad[:2], strict=True
+            )
+        ]
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 2)
+
+
+def dual_cross_entropy(
+    features: Tensor,
+    targets: Tensor,
+    linear: Tensor,
+    prototypes: Tensor,
+    weights: Tensor | None = None,
+    *,
+    adjustment: Tensor | None = None,
+    group: Tensor | None = None,
+    align: float | Tensor = 1.0,
+    eta: float = 0.5,
+    linear_scale: float = 25.0,
+    proto_scale: float = 25.0,
+    loss_on: str = "branches",
+    normalize_linear: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Weighted sum of the cross-entropies of B rows, differentiable in `features` and `linear`.
+
+    Rows of weight 0 and rows with a negative target are never computed, so pass strong views with
+    `weights = keep / B_u` and pay for the kept ones alone. No [B, C] matrix is held beyond a chunk of rows;
+    the gradients are computed along with the loss, so a second derivative is not available.
+
+    Args:
+        features: [B, D] float, any norm, B may be 0 (the loss is then 0).
+        targets: [B] int64 below C; a negative one marks a row without label, which is left out.
+        linear: [C, D] float; rows of the linear probe.
+        prototypes: [C, D] float that does not require grad; textual prototypes, any norm.
+        weights: [B] float, the factor of each row; None is 1 / B.
+        adjustment: [C] or [G, C] float, added to the logits of a row's group, for example the logarithm of
+            the labelled class prior; None is 0. It receives no gradient.
+        group: [B] int64, row of `adjustment` for each row, below G; negative is none; None is 0 for all.
+        align: factor on the prototype branch in the fused logits; a number or a scalar tensor.
+        eta: weight of the linear branch in the fused logits, in [0, 1].
+        linear_scale, proto_scale: inverse temperatures of the branches, above 0.
+        loss_on: "branches" for one cross-entropy per branch, "fused" for one on the fused logits.
+        normalize_linear: True for a cosine probe; False uses the rows of `linear` as they are.
+        backend: None (the selected one), "auto", "reference" or "cpp".
+
+    Returns:
+        Scalar loss in nats, float32 (float64 if an input is). NaN if a row that counts is not finite.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, device, label or range. RuntimeError: the named back end
+        cannot run.
+    """
+    op = "dual_cross_entropy"
+    _checks.matrix(op, "features", features)
+    rows = features.shape[0]
+    _checks.bank(op, "linear", linear, features)
+    classes = linear.shape[0]
+    _checks.matrix(op, "prototypes", prototypes, classes, features.shape[1])
+    if prototypes.requires_grad:
+        raise ValueError(f"{op}: prototypes are fitted, not learned; pass prototypes.detach()")
+    _checks.labels(op, "targets", targets, rows, classes)
+    if weights is None:
+        weights = torch.full((rows,), 1.0 / max(rows, 1), device=features.device)
+    _checks.vector(op, "weights", weights, rows, _checks.FLOATS)
+    if adjustment is not None:
+        adjustment = adjustment[None] if adjustment.ndim == 1 else adjustment
+        _checks.matrix(op, "adjustment", adjustment, columns=classes)
+        if adjustment.shape[0] == 0:
+            raise ValueError(f"{op}: adjustment must have at least one group, got [0, {classes}]")
+    if group is not None:
+        if adjustment is None:
+            raise ValueError(f"{op}: group selects rows of adjustment, which is None")
+        _checks.labels(op, "group", group, rows, adjustment.shape[0])
+    align = scalar(op, "align", align, features)
+    _checks.same_device(
+        op,
+        features,
+        targets=targets,
+        linear=linear,
+        prototypes=prototypes,
+        weights=weights,
+        adjustment=adjustment,
+        group=group,
+        align=align,
+    )
+    _checks.between(op, "eta", eta, 0.0, 1.0)
+    _checks.positive(op, "linear_scale", linear_scale)
+    _checks.positive(op, "proto_scale", proto_scale)
+    if loss_on not in LOSS_ON:
+        raise ValueError(f"{op}: loss_on must be {' or '.join(LOSS_ON)}, got {loss_on!r}")
+    weights = weights.detach()
+    options = (
+        weights,
+        None if adjustment is None else adjustment.detach(),
+        group,
+        align.detach(),
+        float(eta),
+        float(linear_scale),
+        float(proto_scale),
+        loss_on == "fused",
+        normalize_linear,
+    )
+    dtype = working_dtype(features, linear, prototypes, weights)
+    if choose(op, features, dtype, backend) == "reference":
+        return dual_cross_entropy_reference(features, targets, linear, prototypes, *options)
+    return _DualCrossEntropy.apply(features, linear, targets, prototypes, *options)

@@ -1,0 +1,88 @@
+"""Orthogonality of the textual prototypes: mean squared cosine of two different classes.
+
+    value = ( ||P P'||_F^2 - sum_k |p_k|^4 ) / (C (C - 1)),   p_k = prototypes_k / |prototypes_k|
+
+0 for C = 1. For C > D it cannot reach 0: the floor is (C - D) / (D (C - 1)). Source: ULFine asks for
+orthogonal textual prototypes; the normalisation by C (C - 1) is our choice, it makes the weight of the term
+independent of the number of classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast import _native
+from ulfine_fast.backend import choose
+from ulfine_fast.ops import _checks
+from ulfine_fast.ops._handover import hand_over, keep
+from ulfine_fast.ops._rows import unit_rows, working_dtype
+
+
+def orthogonality_reference(prototypes: Tensor) -> Tensor:
+    """The definition; see `orthogonality`."""
+    classes, dim = prototypes.shape
+    dtype = working_dtype(prototypes)
+    if classes == 1:
+        return (unit_rows(prototypes, dtype) * 0.0).sum()
+    unit = unit_rows(prototypes, dtype)
+    if classes <= dim:
+        gram = unit @ unit.T
+        total = gram.square().sum() - gram.diagonal().square().sum()
+    else:
+        # The same sum from the D x D side, C / D times cheaper.
+        total = (unit.T @ unit).square().sum() - unit.square().sum(-1).square().sum()
+    return total / (classes * (classes - 1))
+
+
+torch.library.define("ulfine::_orthogonality", "(Tensor prototypes) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("ulfine::_orthogonality")
+def _(prototypes):
+    return prototypes.new_empty((), dtype=torch.float32), torch.empty_like(prototypes, dtype=torch.float32)
+
+
+@torch.library.impl("ulfine::_orthogonality", "cpu")
+def _(prototypes):
+    return _native.orthogonality(prototypes)
+
+
+class _Orthogonality(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, prototypes):
+        value, gradient = torch.ops.ulfine._orthogonality.default(prototypes)
+        keep(ctx, [gradient], [prototypes])
+        ctx.dtype = prototypes.dtype
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        def again(tensors):
+            return torch.ops.ulfine._orthogonality.default(*tensors)[1:]
+
+        (gradient,) = hand_over(ctx, grad, again)
+        return gradient.to(ctx.dtype)
+
+
+def orthogonality(prototypes: Tensor, *, backend: str | None = None) -> Tensor:
+    """Mean squared off-diagonal cosine of the rows of `prototypes`, differentiable.
+
+    Args:
+        prototypes: [C, D] float, C >= 1; rows need not have unit norm. A zero row has cosine 0 with all.
+        backend: None (the selected one), "auto", "reference" or "cpp".
+
+    Returns:
+        Scalar in [0, 1], float32 (float64 for float64 input). Work and memory are those of a C x C or of a
+        D x D product, whichever is smaller; sums are accumulated in float64.
+
+    Raises:
+        ValueError, TypeError: wrong shape or dtype. RuntimeError: the named back end cannot run.
+    """
+    _checks.matrix("orthogonality", "prototypes", prototypes)
+    if prototypes.shape[0] == 0:
+        raise ValueError("orthogonality: prototypes must have at least one class, got [0, D]")
+    if choose("orthogonality", prototypes, working_dtype(prototypes), backend) == "reference":
+        return orthogonality_reference(prototypes)
+    return _Orthogonality.apply(prototypes)

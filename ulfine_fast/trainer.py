@@ -1,0 +1,529 @@
+"""Training of a `DualHead` on cached features, from one readable step to exact resume.
+
+Nothing here depends on when or where a run was cut: every random draw is a pure function of (seed, step), so
+head, optimizer and step number are the whole state of a run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ulfine_fast.checkpoint import (
+    CheckpointError,
+    digest,
+    first_difference,
+    load_checkpoint,
+    save_checkpoint,
+)
+from ulfine_fast.config import Method, Schedule
+from ulfine_fast.head import DualHead
+from ulfine_fast.metrics import classification_metrics, pseudo_label_metrics
+from ulfine_fast.ops import PseudoLabels
+from ulfine_fast.splits import groups_by_rank
+
+if TYPE_CHECKING:
+    from ulfine_fast.features import FeatureData
+
+CHECKPOINT = "checkpoint.safetensors"
+MOMENTUM = 0.9
+# A class without labelled images has log 1e-12 for its prior; an adjustment by kept pseudo-labels is milder.
+SMALLEST_PRIOR = 1e-12
+SMALLEST_KEPT_SHARE = 1e-4
+MOST_SKIPS = 20
+# Unlabelled rows that the quality of pseudo-labels is measured on: a log step must stay cheap on a large set.
+REPORT_ROWS = 2048
+CHUNK = 8192
+BRANCHES = {"fused": None, "linear": 1.0, "text": 0.0}
+
+
+class Batch(NamedTuple):
+    """Features of one step; `weak` and `strong` are two views of the same images, None without any."""
+
+    labelled: Tensor  # [B_l, D]
+    targets: Tensor  # [B_l] int64
+    weak: Tensor | None = None  # [B_u, D]
+    strong: Tensor | None = None  # [B_u, D]
+    copies: Tensor | None = None  # [B_u] bool, the image is in the labelled set too; None: no such image
+
+
+class StepReport(NamedTuple):
+    """What a step says of itself, scalars on the device."""
+
+    cross_entropy: Tensor  # labelled and unlabelled terms, nats
+    orthogonality: Tensor  # mean squared cosine, in [0, 1]
+    acceptance: Tensor  # share of pseudo-labels that were kept
+    finite: Tensor  # bool; False: the step changed nothing
+
+
+def train_step(
+    head: DualHead,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    method: Method,
+    log_prior: Tensor,
+    *,
+    first: bool = False,
+) -> StepReport:
+    """One step: pseudo-labels, one loss for all rows, optimizer, estimators. Never waits for the device.
+
+    Args:
+        optimizer: from `build_optimizer`, which can skip a step on the device.
+        log_prior: [C] logarithm of the labelled class prior, see `labelled_log_prior`.
+        first: the branch scales are measured on this batch before the branches are fused.
+
+    A loss or a gradient that is not finite leaves parameters, optimizer and estimators bit by bit as they
+    were. Copies of labelled images are pseudo-labelled and trained on, but do not count in P_u.
+    """
+    state = head.state
+    scales_before = state.branch_scale.clone(), state.measured.clone()
+    rows, targets, pseudo = batch.labelled, batch.targets, None
+    weights = torch.full(targets.shape, 1.0 / len(targets), device=rows.device)
+
+    if batch.weak is not None:
+        options = {"temperature": method.temperature, "scale_rows": method.scale_rows}
+        pseudo = head.pseudo_label(batch.weak, method.threshold, **options)
+        if first:
+            state.measure(pseudo.branch_scale, method.scale_decay)
+            pseudo = head.pseudo_label(batch.weak, method.threshold, **options)
+        rows = torch.cat([rows, batch.strong])
+        targets = torch.cat([targets, pseudo.label])
+        weights = torch.cat([weights, pseudo.keep * (method.unlabelled_weight / len(pseudo.keep))])
+
+    adjustment, group = _adjustment(head, method, log_prior, len(batch.targets), len(rows))
+    cross_entropy = head.loss(rows, targets, weights, adjustment=adjustment, group=group)
+    orthogonality = head.orthogonality()
+    loss = cross_entropy
+    if method.orthogonality_weight:
+        loss = loss + method.orthogonality_weight * orthogonality
+    optimizer.zero_grad()
+    loss.backward()
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    finite = torch.stack([loss.isfinite(), *(p.grad.isfinite().all() for p in parameters)]).all()
+    # fused optimizers read this flag, meant for gradient scalers, on the device and then do nothing
+    optimizer.found_inf = finite.logical_not().float()
+    optimizer.step()
+
+    with torch.no_grad():
+        if method.orthogonality_weight:
+            unit = F.normalize(state.textual, dim=-1)
+            state.textual.copy_(torch.where(finite, unit, state.textual))
+        if pseudo is not None:
+            _update_state(state, batch, pseudo, method, finite, scales_before)
+    acceptance = weights.new_zeros(()) if pseudo is None else pseudo.keep.float().mean()
+    return StepReport(cross_entropy.detach(), orthogonality.detach(), acceptance, finite)
+
+
+def _adjustment(
+    head: DualHead, method: Method, log_prior: Tensor, labelled: int, rows: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Logit adjustments [G, C] and the group [B] of each row: 0 labelled prior, 1 kept prior, -1 none."""
+    if not method.adjust_labelled and method.adjust_unlabelled == "none":
+        return None, None
+    tables = [method.adjust_labelled * log_prior]
+    strong = {"none": -1, "labelled": 0, "kept": 1}[method.adjust_unlabelled]
+    if strong == 1:
+        # before the first kept pseudo-label this is uniform, which adjusts nothing
+        kept = head.state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
+        tables.append((kept / kept.sum()).log())
+    group = torch.full((rows,), strong, dtype=torch.int64, device=log_prior.device)
+    group[:labelled] = 0
+    return torch.stack(tables), group
+
+
+def _update_state(
+    state: torch.nn.Module,
+    batch: Batch,
+    pseudo: PseudoLabels,
+    method: Method,
+    finite: Tensor,
+    scales_before: tuple[Tensor, Tensor],
+) -> None:
+    """`PrototypeState.update` that leaves everything as it was where `finite` is False, without reading it."""
+    if batch.copies is not None:
+        counted = (pseudo.label >= 0) & ~batch.copies
+        histogram = torch.zeros_like(pseudo.histogram)
+        histogram.index_add_(0, pseudo.label.clamp_min(0), counted.to(histogram.dtype))
+        pseudo = pseudo._replace(histogram=histogram)
+    # without a label no prototype moves, without a count no distribution does
+    learns = finite if method.mu > 0 else torch.zeros_like(finite)
+    targets = torch.where(learns, batch.targets, -1)
+    pseudo = pseudo._replace(
+        histogram=pseudo.histogram * finite, kept_histogram=pseudo.kept_histogram * finite
+    )
+    state.update(
+        batch.labelled,
+        targets,
+        pseudo,
+        mu=method.mu,
+        beta=method.beta,
+        gamma=method.gamma,
+        scale_decay=method.scale_decay,
+    )
+    for tensor, before in zip((state.branch_scale, state.measured), scales_before, strict=True):
+        tensor.copy_(torch.where(finite, tensor, before))
+
+
+def labelled_log_prior(labelled_counts: np.ndarray | Tensor) -> Tensor:
+    """[C] float32 log(n_k / sum n); log 1e-12 for a class without labelled images."""
+    counts = torch.as_tensor(labelled_counts, dtype=torch.float64)
+    return (counts / counts.sum()).clamp_min(SMALLEST_PRIOR).log().float()
+
+
+def build_head(prototypes: Tensor, method: Method, seed: int = 0) -> DualHead:
+    """Head of `method` over text features [C, D]; `seed` draws a random start of the linear probe."""
+    linear = None
+    if method.linear_init == "random":
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(prototypes.shape, generator=generator) * 2.0 - 1.0
+        linear = F.normalize(uniform, dim=-1).to(prototypes.device)
+    return DualHead(
+        prototypes,
+        linear,
+        eta=method.eta,
+        linear_scale=method.linear_scale,
+        proto_scale=method.proto_scale,
+        normalize_linear=method.normalize_linear,
+        loss_on=method.loss_on,
+    )
+
+
+def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch.optim.Optimizer:
+    """Fused SGD (momentum 0.9) or AdamW over the linear probe and, if it is learned, the textual prototypes.
+
+    Textual prototypes have no weight decay: their rows keep norm 1. Without orthogonality nothing gives them
+    a gradient and they are left out.
+    """
+    groups = [{"params": [head.linear], "weight_decay": schedule.weight_decay}]
+    if method.orthogonality_weight:
+        groups.append({"params": [head.state.textual], "weight_decay": 0.0})
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=MOMENTUM, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # the first step would otherwise leave the buffer unset if it is skipped
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def learning_rate(schedule: Schedule, step: int) -> float:
+    """Cosine from `schedule.learning_rate` at step 0 to 0 at `schedule.steps`."""
+    return schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
+
+
+class Stream:
+    """Endless stream over `size` rows, reshuffled in every pass: the rows of a step depend on the step alone.
+
+    Pass p is drawn from (seed, role, p): an order of the rows, and for each kind of view the copy of each row.
+    """
+
+    def __init__(
+        self, size: int, batch: int, copies: tuple[int, ...], seed: int, role: int, device: torch.device
+    ) -> None:
+        self.size, self.batch, self.copies = size, batch, copies
+        self.key = seed, role
+        self.device = device
+        self.passes: dict[int, Tensor] = {}
+
+    def __call__(self, step: int) -> Tensor:
+        """[1 + len(copies), batch] int64: row numbers, then a copy number for each kind of view."""
+        start, stop = step * self.batch, (step + 1) * self.batch
+        wanted = range(start // self.size, (stop - 1) // self.size + 1)
+        self.passes = {p: self.passes[p] if p in self.passes else self._pass(p) for p in wanted}
+        parts = [
+            table[:, max(start - p * self.size, 0) : stop - p * self.size] for p, table in self.passes.items()
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _pass(self, number: int) -> Tensor:
+        random = np.random.default_rng((*self.key, number))
+        order = random.permutation(self.size)
+        copies = [random.integers(count, size=self.size) for count in self.copies]
+        return torch.from_numpy(np.stack([order, *copies])).to(self.device)
+
+
+class Batches:
+    """The batch of every step of a schedule, from features that stay on the device of the head."""
+
+    def __init__(self, data: FeatureData, method: Method, schedule: Schedule, device: torch.device) -> None:
+        self.labelled, self.labels = data.labelled.to(device), data.labels.to(device)
+        copies, rows = self.labelled.shape[:2]
+        if rows == 0:
+            raise ValueError("training needs labelled images, got none")
+        self.from_labelled = Stream(rows, schedule.labelled_batch, (copies,), schedule.seed, 0, device)
+        self.from_unlabelled = None
+        if method.unlabelled_weight and schedule.unlabelled_batch and data.weak.shape[1]:
+            self.weak, self.strong = data.weak.to(device), data.strong.to(device)
+            marks = torch.as_tensor(data.unlabelled_is_labelled)
+            self.marks = marks.to(device) if bool(marks.any()) else None
+            views = self.weak.shape[0], self.strong.shape[0]
+            rows = self.weak.shape[1]
+            self.from_unlabelled = Stream(rows, schedule.unlabelled_batch, views, schedule.seed, 1, device)
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of `step`, counted from 0."""
+        row, view = self.from_labelled(step)
+        batch = Batch(self.labelled[view, row], self.labels[row])
+        if self.from_unlabelled is None:
+            return batch
+        row, weak, strong = self.from_unlabelled(step)
+        return batch._replace(
+            weak=self.weak[weak, row],
+            strong=self.strong[strong, row],
+            copies=None if self.marks is None else self.marks[row],
+        )
+
+
+class Quality:
+    """Quality of the pseudo-labels of each branch and of P_u against the truth: for reports, never to train."""
+
+    def __init__(self, data: FeatureData, seed: int, device: torch.device) -> None:
+        rows = data.weak.shape[1]
+        chosen = np.random.default_rng((seed, 2)).permutation(rows)[:REPORT_ROWS]
+        self.weak = data.weak[0][chosen].to(device)
+        self.truth = torch.as_tensor(data.unlabelled_truth)[chosen].to(device)
+        self.few = torch.from_numpy(groups_by_rank(np.asarray(data.labelled_counts)) == "few").to(device)
+        counts = torch.as_tensor(data.unlabelled_counts, dtype=torch.float64)
+        self.share = (counts / counts.sum().clamp_min(1)).tolist()
+
+    def __call__(self, head: DualHead, method: Method) -> dict[str, Any]:
+        """precision, recall and acceptance per branch, P_u, and its L1 distance from the truth, in [0, 2]."""
+        branches = {}
+        for name, eta in BRANCHES.items():
+            pseudo = only(head, eta).pseudo_label(
+                self.weak, method.threshold, temperature=method.temperature, scale_rows=0
+            )
+            branches[name] = pseudo_label_metrics(pseudo.label, pseudo.keep, self.truth, self.few)
+        estimate = head.state.distribution.tolist()
+        distance = sum(abs(p - q) for p, q in zip(estimate, self.share, strict=True))
+        return {"pseudo_labels": branches, "distribution": estimate, "distribution_l1": distance}
+
+
+def only(head: DualHead, eta: float | None) -> DualHead:
+    """`head` read with another weight of the linear branch, sharing all tensors; None is its own weight."""
+    reading = copy.copy(head)
+    reading.eta = head.eta if eta is None else eta
+    return reading
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves beside the trained head."""
+
+    history: list[dict[str, Any]] = field(default_factory=list)  # one record per log step
+    seconds: float = 0.0  # wall time of the steps, interrupted parts included
+    steps: int = 0  # steps done
+    skipped: int = 0  # steps that changed nothing because something was not finite
+
+
+def train(
+    head: DualHead,
+    data: FeatureData,
+    method: Method,
+    schedule: Schedule,
+    *,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 500,
+    progress: bool = True,
+) -> TrainResult:
+    """Train `head` in place, on its device.
+
+    Args:
+        run_dir: where checkpoints go; None writes none.
+        resume: continue from the checkpoint in `run_dir` if there is one. The result is bit by bit that of a
+            run without interruption on the same machine with the same number of threads.
+        checkpoint_every: steps between two checkpoints; one more is written at the end.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate,
+        loss_labelled and loss_unlabelled (nats), orthogonality, acceptance (of the batch), skipped, and with
+        unlabelled data what `Quality` says.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another method, schedule or data. RuntimeError: 20
+        steps in a row were not finite.
+    """
+    device = head.linear.device
+    optimizer = build_optimizer(head, method, schedule)
+    steps = schedule.steps if method.trained else 0
+    result = TrainResult()
+    skips = torch.zeros(3, dtype=torch.int64, device=device)  # in a row, longest row, all
+    path = None if run_dir is None else Path(run_dir) / CHECKPOINT
+    identity = {} if path is None else _identity(data, method, schedule)
+    if resume and path is not None and path.exists():
+        result = _restore(path, identity, head, optimizer, skips)
+    if steps:
+        batches = Batches(data, method, schedule, device)
+        quality = Quality(data, schedule.seed, device) if batches.from_unlabelled else None
+        log_prior = labelled_log_prior(data.labelled_counts).to(device)
+
+    started = time.perf_counter() - result.seconds
+    with _bar(result.steps, steps, progress) as bar:
+        for step in range(result.steps, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(schedule, step)
+            batch = batches(step)
+            log = (step + 1) % schedule.log_every == 0 or step + 1 == steps
+            labelled_loss = _labelled_loss(head, batch, method, log_prior) if log else None
+            report = train_step(head, optimizer, batch, method, log_prior, first=step == 0)
+            row = torch.where(report.finite, 0, skips[0] + 1)
+            skips = torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~report.finite])
+            if log:
+                record = _record(step, schedule, report, labelled_loss, skips)
+                if quality is not None:
+                    record |= quality(head, method)
+                result.history.append(record)
+                bar.set_postfix(loss=record["loss_labelled"], refresh=False)
+                _check_skips(skips, step)
+            bar.update()
+            result.steps = step + 1
+            if path is not None and result.steps % checkpoint_every == 0 and result.steps < steps:
+                result.seconds = time.perf_counter() - started
+                _save(path, identity, head, optimizer, skips, result)
+    result.seconds = time.perf_counter() - started
+    result.skipped = int(skips[2])
+    if path is not None:
+        _save(path, identity, head, optimizer, skips, result)
+    return result
+
+
+def _bar(start: int, steps: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    # None asks tqdm to draw on a terminal only
+    return tqdm(
+        total=steps,
+        initial=start,
+        unit="step",
+        disable=None if progress and steps else True,
+        leave=False,
+        desc="training",
+    )
+
+
+@torch.no_grad()
+def _labelled_loss(head: DualHead, batch: Batch, method: Method, log_prior: Tensor) -> Tensor:
+    adjustment = method.adjust_labelled * log_prior
+    return head.loss(batch.labelled, batch.targets, adjustment=adjustment)
+
+
+def _record(
+    step: int, schedule: Schedule, report: StepReport, labelled_loss: Tensor, skips: Tensor
+) -> dict[str, Any]:
+    unlabelled_loss = report.cross_entropy - labelled_loss
+    scalars = [labelled_loss, unlabelled_loss, report.orthogonality, report.acceptance]
+    values = [x if math.isfinite(x) else None for x in torch.stack(scalars).tolist()]
+    names = ("loss_labelled", "loss_unlabelled", "orthogonality", "acceptance")
+    return {
+        "step": step + 1,
+        "learning_rate": learning_rate(schedule, step),
+        **dict(zip(names, values, strict=True)),
+        "skipped": int(skips[2]),
+    }
+
+
+def _check_skips(skips: Tensor, step: int) -> None:
+    longest = int(skips[1])
+    if longest >= MOST_SKIPS:
+        raise RuntimeError(
+            f"training stopped at step {step + 1}: loss or gradient was not finite in {longest} steps in a row;"
+            " check the features for NaN, or lower the learning rate"
+        )
+
+
+def _identity(data: FeatureData, method: Method, schedule: Schedule) -> dict[str, Any]:
+    """What a checkpoint must share with the run that continues it."""
+    used = ("labelled", "labels", "weak", "strong", "prototypes", "unlabelled_is_labelled", "labelled_counts")
+    method_fields = asdict(method)
+    del method_fields["summary"]
+    return {
+        "method": method_fields,
+        "schedule": asdict(schedule),
+        "data": {name: digest(torch.as_tensor(getattr(data, name))) for name in used},
+    }
+
+
+def _save(
+    path: Path,
+    identity: dict[str, Any],
+    head: DualHead,
+    optimizer: torch.optim.Optimizer,
+    skips: Tensor,
+    result: TrainResult,
+) -> None:
+    tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{slot}": tensor for slot, tensor in slots.items()}
+    tensors["skips"] = skips
+    record = {**identity, "steps": result.steps, "seconds": result.seconds, "history": result.history}
+    save_checkpoint(path, tensors, record)
+
+
+def _restore(
+    path: Path, identity: dict[str, Any], head: DualHead, optimizer: torch.optim.Optimizer, skips: Tensor
+) -> TrainResult:
+    tensors, record = load_checkpoint(path)
+    difference = first_difference({name: record.get(name) for name in identity}, identity)
+    if difference:
+        raise CheckpointError(f"{path} belongs to another run: {difference}")
+    load_head(head, tensors)
+    saved = optimizer.state_dict()
+    saved["state"] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, slot = name.split(".")
+            saved["state"].setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict(saved)
+    skips.copy_(tensors["skips"])
+    return TrainResult(record["history"], record["seconds"], record["steps"])
+
+
+def load_head(head: DualHead, tensors: dict[str, Tensor]) -> None:
+    """Fill `head` from the tensors of a checkpoint."""
+    prefix = "head."
+    head.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+class Predictions(NamedTuple):
+    """Predictions over N rows, on the CPU."""
+
+    label: Tensor  # [N] int64
+    confidence: Tensor  # [N] float32, softmax probability of the label
+
+
+def predict(head: DualHead, features: Tensor, branch: str = "fused", *, chunk: int = CHUNK) -> Predictions:
+    """Predictions for features [N, D]; `branch` is "fused", "linear" or "text". Holds [chunk, C] logits."""
+    if branch not in BRANCHES:
+        raise ValueError(f"predict: branch must be one of {', '.join(BRANCHES)}, got {branch!r}")
+    reading = only(head, BRANCHES[branch])
+    parts = []
+    for rows in features.split(chunk):
+        logits = reading(rows.to(head.linear.device))
+        top, label = logits.max(-1)
+        parts.append((label.cpu(), (top - logits.logsumexp(-1)).exp().cpu()))
+    return Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def evaluate(
+    head: DualHead, features: Tensor, labels: Tensor, labelled_counts: np.ndarray, *, chunk: int = CHUNK
+) -> dict[str, dict[str, Any]]:
+    """`classification_metrics` of the fused head and of its linear and text branch alone, on [N, D] features."""
+    return {
+        branch: classification_metrics(
+            *predict(head, features, branch, chunk=chunk), labels, np.asarray(labelled_counts)
+        )
+        for branch in BRANCHES
+    }
