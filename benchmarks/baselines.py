@@ -10,9 +10,6 @@ rows and, in eager mode, rejected rows dropped. Both are measured eager and comp
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from shapes import (
     ALIGN,
     BETA,
@@ -24,6 +21,9 @@ from shapes import (
     SCALE_ROWS,
     StepInputs,
 )
+from torch import Tensor
+from torch.nn import functional as F
+
 from ulfine_fast.head_loss import head_loss
 from ulfine_fast.ops import proto_fit_
 
@@ -110,7 +110,9 @@ def smart_loss(rows, weak, targets, linear, textual, adjustment, threshold: floa
         keep = confidence >= threshold
         histogram = torch.zeros_like(adjustment).index_add_(0, label, torch.ones_like(confidence))
         sample = x[:SCALE_ROWS]
-        scales = torch.stack([(SCALE * F.linear(sample, bank)).std(-1, correction=0).mean() for bank in (w, fixed)])
+        scales = torch.stack(
+            [(SCALE * F.linear(sample, bank)).std(-1, correction=0).mean() for bank in (w, fixed)]
+        )
 
     labelled, unlabelled = len(targets), len(weak)
     if drop:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from baselines import steps
-from shapes import SHAPES, step_inputs
+from shapes import ALIGN, ETA, SHAPES, step_inputs
 
 from ulfine_fast.ops import pseudo_label
-from shapes import ALIGN, ETA
 
 
 @pytest.mark.parametrize("loss_on", ["fused", "branches"])
@@ -34,5 +33,7 @@ def test_head_step(compare, shape, loss_on):
         for ours, theirs in zip(grads["fused"], grads[name], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4 * float(ours.abs().max()))
     inputs = step_inputs(shape)
-    kept = pseudo_label(inputs.weak, inputs.linear, inputs.textual, inputs.threshold, align=ALIGN, eta=ETA).keep
+    kept = pseudo_label(
+        inputs.weak, inputs.linear, inputs.textual, inputs.threshold, align=ALIGN, eta=ETA
+    ).keep
     compare("head step", shape, providers, loss_on=loss_on, keep_rate=f"{kept.float().mean():.0%}")

@@ -26,7 +26,9 @@ def naive(weak, linear, textual, threshold):
 def smart(weak, linear, textual, threshold):
     x, w, t = (F.normalize(rows, dim=-1) for rows in (weak, linear, textual))
     z = F.linear(x, ETA * SCALE * w + (1 - ETA) * ALIGN * SCALE * t)
-    scales = torch.stack([(SCALE * F.linear(x[:SCALE_ROWS], bank)).std(-1, correction=0).mean() for bank in (w, t)])
+    scales = torch.stack(
+        [(SCALE * F.linear(x[:SCALE_ROWS], bank)).std(-1, correction=0).mean() for bank in (w, t)]
+    )
     return *_labels(z, threshold), scales
 
 

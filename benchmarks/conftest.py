@@ -115,7 +115,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
         clock = "CPU time" if result["threads"] == 1 else "wall time"
         terminalreporter.write_line("")
         terminalreporter.write_line(
-            f"{result['op']} {result['shape']}, {result['threads']} thread(s), {clock}" + (f", {said}" if said else "")
+            f"{result['op']} {result['shape']}, {result['threads']} thread(s), {clock}"
+            + (f", {said}" if said else "")
         )
         for provider, row in result["providers"].items():
             peak = "" if row["peak_mib"] is None else f"  peak {row['peak_mib']:7.1f} MiB"

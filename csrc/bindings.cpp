@@ -56,12 +56,29 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t branch_scale, uintptr_t scratch, int64_t b, int64_t c, int64_t d, float eta, float align,
          float linear_scale, float proto_scale, float temperature, bool normalize_linear, int64_t scale_rows,
          int threads) {
-        selected().kernels.pseudo_label(
-            {at<const float>(features), at<const float>(linear), at<const float>(prototypes),
-             at<const float>(threshold), thresholds, at<int64_t>(label), at<float>(confidence),
-             at<bool>(keep), at<int64_t>(histogram), at<int64_t>(kept_histogram), at<float>(branch_scale),
-             at<float>(scratch), b, c, d, eta, align, linear_scale, proto_scale, temperature,
-             normalize_linear, scale_rows, threads});
+        selected().kernels.pseudo_label({at<const float>(features),
+                                         at<const float>(linear),
+                                         at<const float>(prototypes),
+                                         at<const float>(threshold),
+                                         thresholds,
+                                         at<int64_t>(label),
+                                         at<float>(confidence),
+                                         at<bool>(keep),
+                                         at<int64_t>(histogram),
+                                         at<int64_t>(kept_histogram),
+                                         at<float>(branch_scale),
+                                         at<float>(scratch),
+                                         b,
+                                         c,
+                                         d,
+                                         eta,
+                                         align,
+                                         linear_scale,
+                                         proto_scale,
+                                         temperature,
+                                         normalize_linear,
+                                         scale_rows,
+                                         threads});
       },
       unlocked);
 
@@ -72,12 +89,28 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t adjustment, int64_t groups, uintptr_t group, uintptr_t loss, uintptr_t d_features,
          uintptr_t d_linear, uintptr_t scratch, int64_t b, int64_t c, int64_t d, float eta, float align,
          float linear_scale, float proto_scale, bool fused, bool normalize_linear, int threads) {
-        selected().kernels.dual_cross_entropy(
-            {at<const float>(features), at<const int64_t>(targets), at<const float>(linear),
-             at<const float>(prototypes), at<const float>(weights), at<const float>(adjustment), groups,
-             at<const int64_t>(group), at<float>(loss), at<float>(d_features), at<float>(d_linear),
-             at<float>(scratch), b, c, d, eta, align, linear_scale, proto_scale, fused, normalize_linear,
-             threads});
+        selected().kernels.dual_cross_entropy({at<const float>(features),
+                                               at<const int64_t>(targets),
+                                               at<const float>(linear),
+                                               at<const float>(prototypes),
+                                               at<const float>(weights),
+                                               at<const float>(adjustment),
+                                               groups,
+                                               at<const int64_t>(group),
+                                               at<float>(loss),
+                                               at<float>(d_features),
+                                               at<float>(d_linear),
+                                               at<float>(scratch),
+                                               b,
+                                               c,
+                                               d,
+                                               eta,
+                                               align,
+                                               linear_scale,
+                                               proto_scale,
+                                               fused,
+                                               normalize_linear,
+                                               threads});
       },
       unlocked);
 
@@ -97,8 +130,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("orthogonality_scratch", selected().kernels.orthogonality_scratch);
   m.def(
       "orthogonality",
-      [](uintptr_t prototypes, uintptr_t value, uintptr_t gradient, float weight, uintptr_t scratch, int64_t c,
-         int64_t d, int threads) {
+      [](uintptr_t prototypes, uintptr_t value, uintptr_t gradient, float weight, uintptr_t scratch,
+         int64_t c, int64_t d, int threads) {
         selected().kernels.orthogonality({at<const float>(prototypes), at<float>(value), at<float>(gradient),
                                           weight, at<float>(scratch), c, d, threads});
       },
@@ -106,14 +139,12 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef ULFINE_WITH_CUDA
   m.attr("has_cuda") = true;
-  m.def(
-      "proto_logits_cuda",
-      [](uintptr_t features, uintptr_t prototypes, uintptr_t logits, int64_t b, int64_t c, int64_t d,
-         float scale, uintptr_t stream) {
-        const char* error = ulfine::cuda::proto_logits(at<const float>(features), at<const float>(prototypes),
-                                                       at<float>(logits), b, c, d, scale, at<void>(stream));
-        if (error != nullptr) throw std::runtime_error(std::string("proto_logits: CUDA launch failed: ") + error);
-      });
+  m.def("proto_logits_cuda", [](uintptr_t features, uintptr_t prototypes, uintptr_t logits, int64_t b,
+                                int64_t c, int64_t d, float scale, uintptr_t stream) {
+    const char* error = ulfine::cuda::proto_logits(at<const float>(features), at<const float>(prototypes),
+                                                   at<float>(logits), b, c, d, scale, at<void>(stream));
+    if (error != nullptr) throw std::runtime_error(std::string("proto_logits: CUDA launch failed: ") + error);
+  });
 #else
   m.attr("has_cuda") = false;
 #endif

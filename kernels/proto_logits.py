@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulfine_fast.ops._rows import ZERO_NORM_SQUARED
-
 BLOCK_B, BLOCK_C, BLOCK_D = 32, 32, 32
 
 
@@ -47,23 +45,30 @@ def proto_logits_kernel(
         x_squared += tl.sum(x * x, axis=1)
         p_squared += tl.sum(p * p, axis=1)
     # A row without direction gives logits of 0.
-    x_inverse = tl.where(x_squared <= zero_norm_squared, 0.0, 1.0 / tl.sqrt(x_squared))
-    p_inverse = tl.where(p_squared <= zero_norm_squared, 0.0, 1.0 / tl.sqrt(p_squared))
+    x_empty = x_squared <= zero_norm_squared
+    p_empty = p_squared <= zero_norm_squared
+    x_inverse = tl.where(x_empty, 0.0, 1.0 / tl.sqrt(tl.where(x_empty, 1.0, x_squared)))
+    p_inverse = tl.where(p_empty, 0.0, 1.0 / tl.sqrt(tl.where(p_empty, 1.0, p_squared)))
     z = scale * z * x_inverse[:, None] * p_inverse[None, :]
     tl.store(
         z_ptr + b[:, None] * C + c[None, :],
-        z.to(z_ptr.dtype.element_ty),
+        z,
         mask=(b[:, None] < B) & (c[None, :] < C),
     )
 
 
-def proto_logits_triton(features: Tensor, prototypes: Tensor, scale: float) -> Tensor:
-    """[B, C] in the dtype of `features`, of contiguous or strided [B, D] and [C, D] on one device."""
+def proto_logits_triton(
+    features: Tensor, prototypes: Tensor, scale: float, zero_norm_squared: float
+) -> Tensor:
+    """[B, C] in the dtype of `features`, of contiguous or strided [B, D] and [C, D] on one device.
+
+    A row whose squared norm is at most `zero_norm_squared` gives logits of 0.
+    """
     x, p = features.contiguous(), prototypes.contiguous()
     (rows, dim), classes = x.shape, p.shape[0]
-    logits = x.new_empty(rows, classes)
+    logits = x.new_empty(rows, classes, dtype=torch.float32)
     if rows == 0:
-        return logits
+        return logits.to(features.dtype)
     grid = (triton.cdiv(rows, BLOCK_B), triton.cdiv(classes, BLOCK_C))
     # torch's own switch decides whether float32 products may round their operands to TF32.
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -75,10 +80,10 @@ def proto_logits_triton(features: Tensor, prototypes: Tensor, scale: float) -> T
         classes,
         dim,
         float(scale),
-        ZERO_NORM_SQUARED,
+        zero_norm_squared,
         PRECISION=precision,
         BLOCK_B=BLOCK_B,
         BLOCK_C=BLOCK_C,
         BLOCK_D=BLOCK_D,
     )
-    return logits
+    return logits.to(features.dtype)

@@ -56,6 +56,10 @@ def _f32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
+def _empty(size: int | tuple[int, ...]) -> Tensor:
+    return torch.empty(size, dtype=torch.float32)
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -85,8 +89,8 @@ def proto_logits_backward(
 ) -> tuple[Tensor, Tensor]:
     g, x, p = _f32(grad), _f32(features), _f32(prototypes)
     (b, d), c = x.shape, p.shape[0]
-    d_x = torch.empty(x.shape if need_features else 0)
-    d_p = torch.empty(p.shape if need_prototypes else 0)
+    d_x = _empty(x.shape if need_features else 0)
+    d_p = _empty(p.shape if need_prototypes else 0)
     threads = torch.get_num_threads()
     _C.proto_logits_backward(
         g.data_ptr(),
@@ -120,11 +124,11 @@ def pseudo_label(
     x, w, t, limit = _f32(features), _f32(linear), _f32(prototypes), _f32(threshold)
     (b, d), c = x.shape, w.shape[0]
     label = torch.empty(b, dtype=torch.int64)
-    confidence = torch.empty(b)
+    confidence = _empty(b)
     keep = torch.empty(b, dtype=torch.bool)
     histogram = torch.empty(c, dtype=torch.int64)
     kept_histogram = torch.empty(c, dtype=torch.int64)
-    branch_scale = torch.empty(2)
+    branch_scale = _empty(2)
     threads = torch.get_num_threads()
     _C.pseudo_label(
         x.data_ptr(),
@@ -176,9 +180,9 @@ def dual_cross_entropy(
     target = targets.contiguous()
     shift = None if adjustment is None else _f32(adjustment)
     row_group = None if group is None else group.contiguous()
-    loss = torch.empty(())
-    d_x = torch.empty(x.shape if need_features else 0)
-    d_w = torch.empty(w.shape if need_linear else 0)
+    loss = _empty(())
+    d_x = _empty(x.shape if need_features else 0)
+    d_w = _empty(w.shape if need_linear else 0)
     groups = 0 if shift is None else shift.shape[0]
     threads = torch.get_num_threads()
     _C.dual_cross_entropy(
@@ -246,8 +250,8 @@ def orthogonality(prototypes: Tensor, weight: float = 1.0) -> tuple[Tensor, Tens
     """The value, and the gradient of `weight` times the value."""
     p = _f32(prototypes)
     c, d = p.shape
-    value = torch.empty(())
-    gradient = torch.empty(c, d)
+    value = _empty(())
+    gradient = _empty((c, d))
     threads = torch.get_num_threads()
     _C.orthogonality(
         p.data_ptr(),

@@ -119,7 +119,7 @@ def cached_features(
                 total=copies * len(images),
                 desc=f"encoding {view} views",
                 unit=" images",
-                disable=not progress,
+                disable=None if progress else True,
                 file=sys.stderr,
             )
             with bar:

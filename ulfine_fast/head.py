@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ulfine_fast.head_loss import head_loss
 from ulfine_fast.ops import PseudoLabels, dual_cross_entropy, orthogonality, pseudo_label
 from ulfine_fast.ops._rows import unit_rows
 from ulfine_fast.state import PrototypeState
@@ -94,6 +94,40 @@ class DualHead(nn.Module):
             **self.scales,
         )
 
+    def step_loss(
+        self,
+        features: Tensor,
+        weak: Tensor,
+        targets: Tensor,
+        threshold: float | Tensor,
+        *,
+        adjustment: Tensor | None = None,
+        strong_adjustment: Tensor | None = None,
+        temperature: float = 1.0,
+        scale_rows: int | None = None,
+        unlabelled_weight: float = 1.0,
+        orthogonality_weight: float = 1.0,
+    ) -> tuple[Tensor, PseudoLabels]:
+        """The whole loss of a step and its pseudo-labels in one call; arguments as in `head_loss`."""
+        return head_loss(
+            features,
+            weak,
+            targets,
+            self.linear,
+            self.state.textual,
+            threshold,
+            adjustment=adjustment,
+            strong_adjustment=strong_adjustment,
+            align=self.state.align(),
+            eta=self.eta,
+            temperature=temperature,
+            scale_rows=scale_rows,
+            loss_on=self.loss_on,
+            unlabelled_weight=unlabelled_weight,
+            orthogonality_weight=orthogonality_weight,
+            **self.scales,
+        )
+
     def orthogonality(self) -> Tensor:
         """Mean squared cosine of two different textual prototypes."""
         return orthogonality(self.state.textual)
@@ -102,7 +136,7 @@ class DualHead(nn.Module):
     def folded(self) -> Tensor:
         """[C, D] matrix M with fused logits = unit(features) @ M', the head as one linear layer to export."""
         linear = unit_rows(self.linear, torch.float32) if self.scales["normalize_linear"] else self.linear
-        textual = F.normalize(self.state.textual, dim=-1)
+        textual = unit_rows(self.state.textual, torch.float32)
         on_linear = self.eta * self.scales["linear_scale"]
         on_textual = (1.0 - self.eta) * self.scales["proto_scale"] * self.state.align()
         return on_linear * linear + on_textual * textual
@@ -110,4 +144,5 @@ class DualHead(nn.Module):
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Fused logits [B, C] float32 of features [B, D], for prediction."""
-        return unit_rows(features, torch.float32) @ self.folded().T
+        with torch.autocast(features.device.type, enabled=False):
+            return unit_rows(features, torch.float32) @ self.folded().T

@@ -30,8 +30,8 @@ def _step_rows(
     """Target, weight and adjustment group of the labelled and, below them, the strong rows."""
     labelled, unlabelled = len(targets), len(pseudo.label)
     views = strong // unlabelled if unlabelled else 0
-    supervised = torch.full((labelled,), 1.0 / max(labelled, 1), device=targets.device)
-    consistent = pseudo.keep * (unlabelled_weight / max(strong, 1))
+    consistent = pseudo.keep * pseudo.confidence.new_full((), unlabelled_weight / max(strong, 1))
+    supervised = consistent.new_full((labelled,), 1.0 / max(labelled, 1))
     group = torch.zeros(labelled + strong, dtype=torch.int64, device=targets.device)
     group[labelled:] = 1
     return (
@@ -214,22 +214,22 @@ def head_loss(
             f"{op}: features must be [{len(targets)} labelled + V * {unlabelled} strong, {dim}], "
             f"got {list(features.shape)}"
         )
+    dtype = working_dtype(features, weak, linear, prototypes)
     if isinstance(threshold, Tensor):
         if threshold.ndim:
             _checks.vector(op, "threshold", threshold, classes, _checks.FLOATS)
         threshold = threshold.reshape(-1)
     else:
         _checks.between(op, "threshold", threshold, 0.0, 1.0)
-        threshold = torch.full((1,), threshold, device=features.device)
-    shifts = torch.zeros(2, classes, device=features.device)
+        threshold = torch.full((1,), threshold, dtype=dtype, device=features.device)
+    shifts = torch.zeros(2, classes, dtype=dtype, device=features.device)
     for row, (name, shift) in enumerate(
         (("adjustment", adjustment), ("strong_adjustment", strong_adjustment))
     ):
         if shift is not None:
             _checks.vector(op, name, shift, classes, _checks.FLOATS)
-            shifts = shifts.to(torch.promote_types(shifts.dtype, shift.dtype))
             shifts[row] = shift.detach()
-    align = scalar(op, "align", align, features).detach()
+    align = scalar(op, "align", align, features, dtype).detach()
     _checks.same_device(
         op, features, weak=weak, targets=targets, linear=linear, prototypes=prototypes, threshold=threshold,
         align=align,
@@ -252,8 +252,10 @@ def head_loss(
         loss_on == "fused", float(unlabelled_weight), float(orthogonality_weight),
     )  # fmt: skip
     weak = weak.detach()
-    dtype = working_dtype(features, weak, linear, prototypes)
     if choose("dual_cross_entropy", features, dtype, backend) == "reference":
         return head_loss_reference(features, weak, targets, linear, prototypes, *options)
+    if not torch.is_grad_enabled():
+        # Or the op would compute gradients that nobody asks for.
+        features, linear, prototypes = features.detach(), linear.detach(), prototypes.detach()
     loss, *pseudo = _HeadLoss.apply(features, linear, prototypes, weak, targets, *options)
     return loss, PseudoLabels(*pseudo)

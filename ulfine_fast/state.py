@@ -54,10 +54,12 @@ class PrototypeState(nn.Module):
 
     @torch.no_grad()
     def measure(self, branch_scale: Tensor, decay: float) -> None:
-        """Take one measurement [2] into the running scales; the first one sets them."""
+        """Take one measurement [2] into the running scales; the first one sets them, [0, 0] is none."""
         running = decay * self.branch_scale + (1.0 - decay) * branch_scale
-        self.branch_scale.copy_(torch.where(self.measured, running, branch_scale))
-        self.measured.fill_(True)
+        new = torch.where(self.measured, running, branch_scale)
+        found = branch_scale.any()
+        self.branch_scale.copy_(torch.where(found, new, self.branch_scale))
+        self.measured.logical_or_(found)
 
     @torch.no_grad()
     def update(

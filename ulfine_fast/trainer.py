@@ -33,6 +33,7 @@ from ulfine_fast.splits import groups_by_rank
 
 if TYPE_CHECKING:
     from ulfine_fast.features import FeatureData
+    from ulfine_fast.state import PrototypeState
 
 CHECKPOINT = "checkpoint.safetensors"
 MOMENTUM = 0.9
@@ -47,20 +48,19 @@ BRANCHES = {"fused": None, "linear": 1.0, "text": 0.0}
 
 
 class Batch(NamedTuple):
-    """Features of one step; `weak` and `strong` are two views of the same images, None without any."""
+    """Features of one step; `weak` and `strong` are two views of the same images."""
 
     labelled: Tensor  # [B_l, D]
     targets: Tensor  # [B_l] int64
-    weak: Tensor | None = None  # [B_u, D]
-    strong: Tensor | None = None  # [B_u, D]
+    weak: Tensor  # [B_u, D], B_u is 0 for a method without unlabelled data
+    strong: Tensor  # [B_u, D]
     copies: Tensor | None = None  # [B_u] bool, the image is in the labelled set too; None: no such image
 
 
 class StepReport(NamedTuple):
     """What a step says of itself, scalars on the device."""
 
-    cross_entropy: Tensor  # labelled and unlabelled terms, nats
-    orthogonality: Tensor  # mean squared cosine, in [0, 1]
+    loss: Tensor  # all terms, nats
     acceptance: Tensor  # share of pseudo-labels that were kept
     finite: Tensor  # bool; False: the step changed nothing
 
@@ -86,25 +86,22 @@ def train_step(
     """
     state = head.state
     scales_before = state.branch_scale.clone(), state.measured.clone()
-    rows, targets, pseudo = batch.labelled, batch.targets, None
-    weights = torch.full(targets.shape, 1.0 / len(targets), device=rows.device)
-
-    if batch.weak is not None:
-        options = {"temperature": method.temperature, "scale_rows": method.scale_rows}
-        pseudo = head.pseudo_label(batch.weak, method.threshold, **options)
-        if first:
-            state.measure(pseudo.branch_scale, method.scale_decay)
-            pseudo = head.pseudo_label(batch.weak, method.threshold, **options)
-        rows = torch.cat([rows, batch.strong])
-        targets = torch.cat([targets, pseudo.label])
-        weights = torch.cat([weights, pseudo.keep * (method.unlabelled_weight / len(pseudo.keep))])
-
-    adjustment, group = _adjustment(head, method, log_prior, len(batch.targets), len(rows))
-    cross_entropy = head.loss(rows, targets, weights, adjustment=adjustment, group=group)
-    orthogonality = head.orthogonality()
-    loss = cross_entropy
-    if method.orthogonality_weight:
-        loss = loss + method.orthogonality_weight * orthogonality
+    if first and len(batch.weak):
+        # The first ratio of scales comes from the first batch, before anything is fused with it.
+        scales = head.pseudo_label(batch.weak, method.threshold, scale_rows=method.scale_rows).branch_scale
+        state.measure(scales, method.scale_decay)
+    loss, pseudo = head.step_loss(
+        torch.cat([batch.labelled, batch.strong]),
+        batch.weak,
+        batch.targets,
+        method.threshold,
+        adjustment=method.adjust_labelled * log_prior,
+        strong_adjustment=_strong_adjustment(state, method, log_prior),
+        temperature=method.temperature,
+        scale_rows=method.scale_rows,
+        unlabelled_weight=method.unlabelled_weight,
+        orthogonality_weight=method.orthogonality_weight,
+    )
     optimizer.zero_grad()
     loss.backward()
 
@@ -118,31 +115,24 @@ def train_step(
         if method.orthogonality_weight:
             unit = F.normalize(state.textual, dim=-1)
             state.textual.copy_(torch.where(finite, unit, state.textual))
-        if pseudo is not None:
+        if len(batch.weak):
             _update_state(state, batch, pseudo, method, finite, scales_before)
-    acceptance = weights.new_zeros(()) if pseudo is None else pseudo.keep.float().mean()
-    return StepReport(cross_entropy.detach(), orthogonality.detach(), acceptance, finite)
+    return StepReport(loss.detach(), pseudo.keep.sum() / max(len(batch.weak), 1), finite)
 
 
-def _adjustment(
-    head: DualHead, method: Method, log_prior: Tensor, labelled: int, rows: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Logit adjustments [G, C] and the group [B] of each row: 0 labelled prior, 1 kept prior, -1 none."""
-    if not method.adjust_labelled and method.adjust_unlabelled == "none":
-        return None, None
-    tables = [method.adjust_labelled * log_prior]
-    strong = {"none": -1, "labelled": 0, "kept": 1}[method.adjust_unlabelled]
-    if strong == 1:
-        # before the first kept pseudo-label this is uniform, which adjusts nothing
-        kept = head.state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
-        tables.append((kept / kept.sum()).log())
-    group = torch.full((rows,), strong, dtype=torch.int64, device=log_prior.device)
-    group[:labelled] = 0
-    return torch.stack(tables), group
+def _strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor) -> Tensor | None:
+    """Logit adjustment [C] of the strong rows, None for none."""
+    if method.adjust_unlabelled == "labelled":
+        return method.adjust_labelled * log_prior
+    if method.adjust_unlabelled == "kept":
+        # Before the first kept pseudo-label this is uniform, which adjusts nothing.
+        kept = state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
+        return (kept / kept.sum()).log()
+    return None
 
 
 def _update_state(
-    state: torch.nn.Module,
+    state: PrototypeState,
     batch: Batch,
     pseudo: PseudoLabels,
     method: Method,
@@ -274,7 +264,8 @@ class Batches:
     def __call__(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
         row, view = self.from_labelled(step)
-        batch = Batch(self.labelled[view, row], self.labels[row])
+        labelled = self.labelled[view, row]
+        batch = Batch(labelled, self.labels[row], labelled[:0], labelled[:0])
         if self.from_unlabelled is None:
             return batch
         row, weak, strong = self.from_unlabelled(step)
@@ -349,8 +340,8 @@ def train(
 
     Returns:
         TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate,
-        loss_labelled and loss_unlabelled (nats), orthogonality, acceptance (of the batch), skipped, and with
-        unlabelled data what `Quality` says.
+        loss_labelled, loss_unlabelled (nats) and orthogonality before the step, acceptance (of
+        the batch), skipped (steps so far), and with unlabelled data what `Quality` says.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another method, schedule or data. RuntimeError: 20
@@ -377,12 +368,12 @@ def train(
                 group["lr"] = learning_rate(schedule, step)
             batch = batches(step)
             log = (step + 1) % schedule.log_every == 0 or step + 1 == steps
-            labelled_loss = _labelled_loss(head, batch, method, log_prior) if log else None
+            terms = _terms(head, batch, method, log_prior) if log else None
             report = train_step(head, optimizer, batch, method, log_prior, first=step == 0)
             row = torch.where(report.finite, 0, skips[0] + 1)
             skips = torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~report.finite])
             if log:
-                record = _record(step, schedule, report, labelled_loss, skips)
+                record = _record(step, schedule, method, report, terms, skips)
                 if quality is not None:
                     record |= quality(head, method)
                 result.history.append(record)
@@ -415,22 +406,30 @@ def _bar(start: int, steps: int, progress: bool) -> Any:
 
 
 @torch.no_grad()
-def _labelled_loss(head: DualHead, batch: Batch, method: Method, log_prior: Tensor) -> Tensor:
+def _terms(head: DualHead, batch: Batch, method: Method, log_prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Labelled cross-entropy and orthogonality of the batch before its step."""
     adjustment = method.adjust_labelled * log_prior
-    return head.loss(batch.labelled, batch.targets, adjustment=adjustment)
+    return head.loss(batch.labelled, batch.targets, adjustment=adjustment), head.orthogonality()
 
 
 def _record(
-    step: int, schedule: Schedule, report: StepReport, labelled_loss: Tensor, skips: Tensor
+    step: int,
+    schedule: Schedule,
+    method: Method,
+    report: StepReport,
+    terms: tuple[Tensor, Tensor],
+    skips: Tensor,
 ) -> dict[str, Any]:
-    unlabelled_loss = report.cross_entropy - labelled_loss
-    scalars = [labelled_loss, unlabelled_loss, report.orthogonality, report.acceptance]
-    values = [x if math.isfinite(x) else None for x in torch.stack(scalars).tolist()]
+    labelled, orthogonality = terms
+    unlabelled = report.loss - labelled - method.orthogonality_weight * orthogonality
+    # Sums in another order differ in the last bit, and the term of no pseudo-label is 0.
+    unlabelled = unlabelled * (report.acceptance > 0)
+    scalars = torch.stack([labelled, unlabelled, orthogonality, report.acceptance]).tolist()
     names = ("loss_labelled", "loss_unlabelled", "orthogonality", "acceptance")
     return {
         "step": step + 1,
         "learning_rate": learning_rate(schedule, step),
-        **dict(zip(names, values, strict=True)),
+        **{name: x if math.isfinite(x) else None for name, x in zip(names, scalars, strict=True)},
         "skipped": int(skips[2]),
     }
 

@@ -1,5 +1,5 @@
-// A bank is a matrix of class rows [C, D]: the linear probe, the prototypes, or their fold. Features meet it in
-// blocks of rows.
+// A bank is a matrix of class rows [C, D]: the linear probe, the prototypes, or their fold. Features meet it
+// in blocks of rows.
 #pragma once
 
 #include "matrix.h"
@@ -8,8 +8,8 @@
 
 namespace ulfine::ULFINE_ISA {
 
-// Rows per task: whole tiles for every width, and few enough for a block of logits to stay in the second-level
-// cache.
+// Rows per task: whole tiles for every width, and few enough for a block of logits to stay in the
+// second-level cache.
 constexpr int64_t kBlock = 48;
 // Rows between two updates of a bank's gradient.
 constexpr int64_t kChunk = 5 * kBlock;

@@ -4,25 +4,25 @@
 
 #include "kernels.h"
 
-#define ULFINE_DECLARE(isa)                                                                              \
-  namespace isa {                                                                                        \
-  void proto_logits(const ProtoLogits&);                                                                 \
-  int64_t proto_logits_scratch(int64_t, int64_t, int64_t, int);                                          \
-  void proto_logits_backward(const ProtoLogitsBackward&);                                                \
-  int64_t proto_logits_backward_scratch(int64_t, int64_t, int64_t, int);                                 \
-  void pseudo_label(const PseudoLabel&);                                                                 \
-  int64_t pseudo_label_scratch(int64_t, int64_t, int64_t, int64_t, int);                                 \
-  void dual_cross_entropy(const DualCrossEntropy&);                                                      \
-  int64_t dual_cross_entropy_scratch(int64_t, int64_t, int64_t, int64_t, bool, bool, bool, int);         \
-  void proto_fit(const ProtoFit&);                                                                       \
-  int64_t proto_fit_scratch(int64_t, int64_t, int64_t, int);                                             \
-  void orthogonality(const Orthogonality&);                                                              \
-  int64_t orthogonality_scratch(int64_t, int64_t, int);                                                  \
-  static const Selected kSelected = {                                                                    \
-      #isa,                                                                                              \
-      {proto_logits, proto_logits_scratch, proto_logits_backward, proto_logits_backward_scratch,         \
-       pseudo_label, pseudo_label_scratch, dual_cross_entropy, dual_cross_entropy_scratch, proto_fit,    \
-       proto_fit_scratch, orthogonality, orthogonality_scratch}};                                        \
+#define ULFINE_DECLARE(isa)                                                                           \
+  namespace isa {                                                                                     \
+  void proto_logits(const ProtoLogits&);                                                              \
+  int64_t proto_logits_scratch(int64_t, int64_t, int64_t, int);                                       \
+  void proto_logits_backward(const ProtoLogitsBackward&);                                             \
+  int64_t proto_logits_backward_scratch(int64_t, int64_t, int64_t, int);                              \
+  void pseudo_label(const PseudoLabel&);                                                              \
+  int64_t pseudo_label_scratch(int64_t, int64_t, int64_t, int64_t, int);                              \
+  void dual_cross_entropy(const DualCrossEntropy&);                                                   \
+  int64_t dual_cross_entropy_scratch(int64_t, int64_t, int64_t, int64_t, bool, bool, bool, int);      \
+  void proto_fit(const ProtoFit&);                                                                    \
+  int64_t proto_fit_scratch(int64_t, int64_t, int64_t, int);                                          \
+  void orthogonality(const Orthogonality&);                                                           \
+  int64_t orthogonality_scratch(int64_t, int64_t, int);                                               \
+  static const Selected kSelected = {                                                                 \
+      #isa,                                                                                           \
+      {proto_logits, proto_logits_scratch, proto_logits_backward, proto_logits_backward_scratch,      \
+       pseudo_label, pseudo_label_scratch, dual_cross_entropy, dual_cross_entropy_scratch, proto_fit, \
+       proto_fit_scratch, orthogonality, orthogonality_scratch}};                                     \
   }
 
 namespace ulfine {

@@ -62,8 +62,7 @@ int64_t dual_cross_entropy_scratch(int64_t b, int64_t c, int64_t d, int64_t grou
 void dual_cross_entropy(const DualCrossEntropy& a) {
   const bool need_features = a.d_features != nullptr, need_linear = a.d_linear != nullptr;
   Scratch scratch(a.scratch);
-  const Memory m =
-      layout(scratch, a.b, a.c, a.d, a.groups, a.fused, need_features, need_linear, a.threads);
+  const Memory m = layout(scratch, a.b, a.c, a.d, a.groups, a.fused, need_features, need_linear, a.threads);
   const int64_t ldx = padded(a.d), ldz = padded(a.c);
   const int banks = a.fused ? 1 : 2;
 
@@ -124,8 +123,8 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
       if (!need_features) return;
       float* d_x = m.d_x + worker * kBlock * ldx;
       for (int bank = 0; bank < banks; ++bank)
-        multiply(rows, a.d, a.c, {m.z + (bank * m.chunk + first) * ldz, ldz, 1}, m.bank[bank].packed, d_x, ldx,
-                 bank > 0);
+        multiply(rows, a.d, a.c, {m.z + (bank * m.chunk + first) * ldz, ldz, 1}, m.bank[bank].packed, d_x,
+                 ldx, bank > 0);
       for (int64_t i = 0; i < rows; ++i)
         unit_row_backward(d_x + i * ldx, x + i * ldx, inverse[i], a.d, a.d_features + row[i] * a.d);
     });
@@ -141,8 +140,7 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
   parallel(a.c, a.threads, [&](int64_t k, int worker) {
     float *w = m.staging + worker * kStagingRows * ldx, *d_w = m.d_bank + k * ldx;
     const float inverse = linear_row(a, k, w);
-    if (a.normalize_linear)
-      return unit_row_backward(d_w, w, on_linear * inverse, a.d, a.d_linear + k * a.d);
+    if (a.normalize_linear) return unit_row_backward(d_w, w, on_linear * inverse, a.d, a.d_linear + k * a.d);
     scale_row(d_w, on_linear, ldx);
     memcpy(a.d_linear + k * a.d, d_w, a.d * sizeof(float));
   });

@@ -51,9 +51,9 @@ struct DualCrossEntropy {
   const float* weights;              // [B]
   const float* adjustment;           // [G, C] or null
   int64_t groups;
-  const int64_t* group;            // [B] or null: group 0 for all
-  float* loss;                     // []
-  float *d_features, *d_linear;    // [B, D], [C, D]; either may be null
+  const int64_t* group;          // [B] or null: group 0 for all
+  float* loss;                   // []
+  float *d_features, *d_linear;  // [B, D], [C, D]; either may be null
   float* scratch;
   int64_t b, c, d;
   float eta, align, linear_scale, proto_scale;
@@ -62,9 +62,9 @@ struct DualCrossEntropy {
 };
 
 struct ProtoFit {
-  const float* features;   // [B, D]
-  const int64_t* targets;  // [B]
-  const float* histogram;  // [C]
+  const float* features;    // [B, D]
+  const int64_t* targets;   // [B]
+  const float* histogram;   // [C]
   float *textual, *visual;  // [C, D], read and written
   bool* seen;               // [C], read and written
   float* distribution;      // [C], read and written

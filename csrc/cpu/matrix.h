@@ -1,9 +1,9 @@
 // Matrix products over packed operands: C[m, n] (+)= A[m, k] B[k, n].
 //
 // B is packed into panels of kPanel columns, row k of a panel contiguous, the last panel padded with zeros to
-// whole vectors: panel j starts at packed + depth * j * kPanel. A is read in place, one scalar at a time, with
-// any pair of strides. Each element of C is summed over k in ascending order in one accumulator, so its bits
-// depend neither on tiling nor on threads.
+// whole vectors: panel j starts at packed + depth * j * kPanel. A is read in place, one scalar at a time,
+// with any pair of strides. Each element of C is summed over k in ascending order in one accumulator, so its
+// bits depend neither on tiling nor on threads.
 #pragma once
 
 #include "simd.h"
@@ -77,8 +77,8 @@ static inline void multiply(int64_t m, int64_t n, int64_t depth, Operand a, cons
   }
 }
 
-// C[m, n] (+)= A' * packed[depth, n], with A[depth, m] row-major: a column of A spreads over as many cache lines
-// as it is long, so each tile's columns are gathered once and used for every panel.
+// C[m, n] (+)= A' * packed[depth, n], with A[depth, m] row-major: a column of A spreads over as many cache
+// lines as it is long, so each tile's columns are gathered once and used for every panel.
 static inline void multiply_transposed(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda,
                                        const float* packed, float* c, int64_t ldc, bool accumulate) {
   alignas(64) float columns[kDepth * kRows];
@@ -111,8 +111,7 @@ static inline void pack_transposed(const float* rows, int64_t ld, int64_t n, int
     const int64_t filled = min(kWidth, n - j - v);
     const float* from = rows + (j + v) * ld;
     const int64_t whole = filled == kWidth ? depth / kWidth * kWidth : 0;
-    for (int64_t k = 0; k < whole; k += kWidth)
-      transpose_square(from + k, ld, panel + k * width + v, width);
+    for (int64_t k = 0; k < whole; k += kWidth) transpose_square(from + k, ld, panel + k * width + v, width);
     for (int64_t k = whole; k < depth; ++k)
       for (int64_t i = 0; i < kWidth; ++i) panel[k * width + v + i] = i < filled ? from[i * ld + k] : 0.0f;
   }

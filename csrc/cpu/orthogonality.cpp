@@ -1,7 +1,7 @@
 // Mean squared off-diagonal cosine of the rows and its gradient, from the C x C or the D x D Gram matrix.
 //
-// With unit rows u the value is (sum_ij <u_i, u_j>^2 - sum_i |u_i|^4) / (C (C - 1)) and its gradient in u_i is
-// 4 (sum_j <u_i, u_j> u_j - radial part) / (C (C - 1)); both Gram matrices give the same sums.
+// With unit rows u the value is (sum_ij <u_i, u_j>^2 - sum_i |u_i|^4) / (C (C - 1)) and its gradient in u_i
+// is 4 (sum_j <u_i, u_j> u_j - radial part) / (C (C - 1)); both Gram matrices give the same sums.
 #include "bank.h"
 
 namespace ulfine::ULFINE_ISA {
@@ -39,7 +39,8 @@ void gram_of_rows(const Orthogonality& a, const Memory& m) {
     const int64_t first = task * kBlock, rows = min(kBlock, a.c - first);
     // Whole panels up to the diagonal: a cut one would be read with the wrong width.
     const int64_t columns = min(round_up(first + rows, kPanel), a.c);
-    multiply(rows, columns, a.d, {m.unit + first * ld, ld, 1}, m.transposed, m.gram + first * ldg, ldg, false);
+    multiply(rows, columns, a.d, {m.unit + first * ld, ld, 1}, m.transposed, m.gram + first * ldg, ldg,
+             false);
   });
 }
 
@@ -89,6 +90,7 @@ void orthogonality(const Orthogonality& a) {
       m.partial[i] = 2.0 * sum_of_squares(m.gram + i * ldg, i) + (of_rows ? 0.0 : g * g);
       // A row's product with itself is radial: dropping it here keeps it out of a sum it would dominate.
       if (of_rows) m.gram[i * ldg + i] = 0.0f;
+      for (int64_t j = side; j < ldg; ++j) m.gram[i * ldg + j] = 0.0f;
     }
     for (int64_t i = first; i < last; ++i)
       for (int64_t j = first; j < i; ++j) m.gram[j * ldg + i] = m.gram[i * ldg + j];
@@ -118,7 +120,8 @@ void orthogonality(const Orthogonality& a) {
   parallel(ceil_div(a.c, kBlock), a.threads, [&](int64_t task, int worker) {
     const int64_t first = task * kBlock, rows = min(kBlock, a.c - first);
     float* product = m.product + worker * kBlock * ld;
-    const Operand left = of_rows ? Operand{m.gram + first * ldg, ldg, 1} : Operand{m.unit + first * ld, ld, 1};
+    const Operand left =
+        of_rows ? Operand{m.gram + first * ldg, ldg, 1} : Operand{m.unit + first * ld, ld, 1};
     multiply(rows, a.d, side, left, m.packed, product, ld, false);
     for (int64_t i = 0; i < rows; ++i)
       unit_row_backward(product + i * ld, m.unit + (first + i) * ld, factor * m.inverse[first + i], a.d,

@@ -78,7 +78,7 @@ void proto_fit(const ProtoFit& a) {
     scale_row(text, 1.0f - alpha, ld);
     add_scaled(text, x, alpha, ld);
     const float norm = sqrtf(dot(text, text, ld));
-    if (norm < kSmallestBlend) return;
+    if (!(norm >= kSmallestBlend && __builtin_isfinite(norm))) return;
     for (int64_t i = 0; i < a.d; ++i) textual[i] = text[i] / norm;
   });
 }

@@ -50,8 +50,7 @@ void proto_logits(const ProtoLogits& a) {
     float *x = m.x + worker * kBlock * ldx, *z = m.z + worker * kBlock * ldz;
     for (int64_t i = 0; i < rows; ++i) unit_row(a.features + (first + i) * a.d, a.d, x + i * ldx);
     multiply(rows, a.c, a.d, {x, ldx, 1}, m.packed, z, ldz, false);
-    for (int64_t i = 0; i < rows; ++i)
-      memcpy(a.logits + (first + i) * a.c, z + i * ldz, a.c * sizeof(float));
+    for (int64_t i = 0; i < rows; ++i) memcpy(a.logits + (first + i) * a.c, z + i * ldz, a.c * sizeof(float));
   });
 }
 

@@ -27,23 +27,27 @@ Memory layout(Scratch& scratch, int64_t b, int64_t c, int64_t d, int64_t scale_r
   return m;
 }
 
-// Standard deviations over the classes of `rows` <= kPanel columns of z[C, kPanel], whose row k counts factor[k]
-// times. One row of features is one lane, so nothing is summed across lanes.
-void spread_of_columns(const float* z, const float* factor, int64_t c, float* spread) {
+// Standard deviations over the classes of the kPanel columns of z[C, kPanel], after row k is multiplied by
+// factor[k]. One row of features is one lane, so nothing is summed across lanes.
+void spread_of_columns(float* z, const float* factor, int64_t c, float* spread) {
   for (int64_t v = 0; v < kPanel; v += kWidth) {
     Vec mean{}, variance{};
-    for (int64_t k = 0; k < c; ++k) mean += load(z + k * kPanel + v) * splat(factor[k]);
+    for (int64_t k = 0; k < c; ++k) {
+      float* logit = z + k * kPanel + v;
+      store(logit, load(logit) * splat(factor[k]));
+      mean += load(logit);
+    }
     mean /= splat(static_cast<float>(c));
     for (int64_t k = 0; k < c; ++k) {
-      const Vec off = load(z + k * kPanel + v) * splat(factor[k]) - mean;
+      const Vec off = load(z + k * kPanel + v) - mean;
       variance += off * off;
     }
     for (int64_t i = 0; i < kWidth; ++i) spread[v + i] = sqrtf(variance[i] / static_cast<float>(c));
   }
 }
 
-// Standard deviations of both branches for the first scale_rows rows, spread[branch * rounded rows + row]. Class
-// rows are read where they lie: with this few rows, packing a bank would cost more than its product.
+// Standard deviations of both branches for the first scale_rows rows, spread[branch * rounded rows + row].
+// Class rows are read where they lie: with this few rows, packing a bank would cost more than its product.
 void measure_scales(const PseudoLabel& a, const Memory& m, int64_t rounded) {
   const int64_t ldx = padded(a.d);
   parallel(rounded / kPanel, a.threads, [&](int64_t task, int worker) {
@@ -55,7 +59,8 @@ void measure_scales(const PseudoLabel& a, const Memory& m, int64_t rounded) {
       else
         memset(own + i * ldx, 0, ldx * sizeof(float));
     }
-    float *panel = m.panel + worker * a.d * kPanel, *z = m.z + worker * max(kBlock * padded(a.c), a.c * kPanel);
+    float *panel = m.panel + worker * a.d * kPanel,
+          *z = m.z + worker * max(kBlock * padded(a.c), a.c * kPanel);
     pack_transposed(own, ldx, kPanel, a.d, 0, panel);
     for (int branch = 0; branch < 2; ++branch) {
       multiply(a.c, kPanel, a.d, {branch == 0 ? a.linear : a.prototypes, a.d, 1}, panel, z, kPanel, false);
@@ -76,6 +81,10 @@ void pseudo_label(const PseudoLabel& a) {
   Scratch scratch(a.scratch);
   const Memory m = layout(scratch, a.b, a.c, a.d, a.scale_rows, a.threads);
   const int64_t ldx = padded(a.d), ldz = padded(a.c);
+  memset(a.histogram, 0, a.c * sizeof(int64_t));
+  memset(a.kept_histogram, 0, a.c * sizeof(int64_t));
+  a.branch_scale[0] = a.branch_scale[1] = 0.0f;
+  if (a.b == 0) return;
 
   const float on_linear = a.eta * a.linear_scale / a.temperature;
   const float on_proto = (1.0f - a.eta) * a.align * a.proto_scale / a.temperature;
@@ -112,8 +121,6 @@ void pseudo_label(const PseudoLabel& a) {
     }
   });
 
-  memset(a.histogram, 0, a.c * sizeof(int64_t));
-  memset(a.kept_histogram, 0, a.c * sizeof(int64_t));
   for (int64_t i = 0; i < a.b; ++i) {
     if (a.label[i] < 0) continue;
     ++a.histogram[a.label[i]];
@@ -128,8 +135,9 @@ void pseudo_label(const PseudoLabel& a) {
     total[1] += proto;
     ++counted;
   }
+  if (counted == 0) return;
   for (int branch = 0; branch < 2; ++branch)
-    a.branch_scale[branch] = counted > 0 ? static_cast<float>(total[branch] / counted) : 0.0f;
+    a.branch_scale[branch] = static_cast<float>(total[branch] / counted);
 }
 
 }  // namespace ulfine::ULFINE_ISA

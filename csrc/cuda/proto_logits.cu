@@ -1,4 +1,5 @@
-// logits = scale * unit(features) unit(prototypes)': one product in tiles; the norms come from the same loads.
+// logits = scale * unit(features) unit(prototypes)': one product in tiles; the norms come from the same
+// loads.
 #include "kernels.h"
 
 namespace ulfine::cuda {
@@ -44,9 +45,10 @@ const char* proto_logits(const float* features, const float* prototypes, float* 
                          int64_t d, float scale, void* stream) {
   if (b == 0) return nullptr;
   const dim3 threads(kTile, kTile);
-  const dim3 blocks(static_cast<unsigned>((b + kTile - 1) / kTile), static_cast<unsigned>((c + kTile - 1) / kTile));
+  const dim3 blocks(static_cast<unsigned>((b + kTile - 1) / kTile),
+                    static_cast<unsigned>((c + kTile - 1) / kTile));
   proto_logits_kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(features, prototypes, logits,
-                                                                                  b, c, d, scale);
+                                                                                 b, c, d, scale);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,18 @@ def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     if any(t is not None and t.dtype == torch.float64 for t in tensors):
         return torch.float64
     return torch.float32
+
+
+def without_autocast(function: Callable) -> Callable:
+    """`function` with autocast off on its first argument's device: its products keep the working dtype."""
+
+    @wraps(function)
+    def run(*arguments: object, **named: object) -> object:
+        first = arguments[0] if arguments else next(iter(named.values()))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*arguments, **named)
+
+    return run
 
 
 def unit_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:

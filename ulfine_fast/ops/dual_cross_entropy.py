@@ -20,12 +20,13 @@ from ulfine_fast import _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._handover import hand_over, keep
-from ulfine_fast.ops._rows import working_dtype
+from ulfine_fast.ops._rows import without_autocast, working_dtype
 from ulfine_fast.ops.pseudo_label import dual_logits_reference, fuse_logits_reference, scalar
 
 LOSS_ON = ("branches", "fused")
 
 
+@without_autocast
 def dual_cross_entropy_reference(
     features: Tensor,
     targets: Tensor,
@@ -42,20 +43,20 @@ def dual_cross_entropy_reference(
     normalize_linear: bool,
 ) -> Tensor:
     """The definition; see `dual_cross_entropy`. `adjustment` is [G, C]; without `group` row 0 holds for all."""
-    zl, zt = dual_logits_reference(features, linear, prototypes, linear_scale, proto_scale, normalize_linear)
-    classes = zl.shape[1]
+    classes = linear.shape[0]
     used = (targets >= 0) & (targets < classes) & (weights != 0)
+    # An unused row takes no part even if it is not finite: NaN * 0 would be NaN.
+    features = torch.where(used[:, None], features, 0.0)
+    zl, zt = dual_logits_reference(features, linear, prototypes, linear_scale, proto_scale, normalize_linear)
     shift = zl.new_zeros(())
     if adjustment is not None:
         rows = torch.zeros_like(targets) if group is None else group
         shift = torch.where(rows[:, None] >= 0, adjustment.to(zl.dtype)[rows.clamp_min(0)], 0.0)
     branches = (fuse_logits_reference(zl, zt, eta, align),) if fused else (zl, zt)
-    # An unused row takes no part even if its logits are not finite: NaN * 0 would be NaN.
     target = torch.where(used, targets, 0)
     loss = zl.new_zeros(())
     for z in branches:
-        z = torch.where(used[:, None], z + shift, 0.0)
-        row = F.cross_entropy(z, target, reduction="none")
+        row = F.cross_entropy(z + shift, target, reduction="none")
         loss = loss + (torch.where(used, weights.to(z.dtype), 0.0) * row).sum()
     return loss
 
@@ -150,7 +151,7 @@ def dual_cross_entropy(
     the gradients are computed along with the loss, so a second derivative is not available.
 
     Args:
-        features: [B, D] float, any norm, B may be 0 (the loss is then 0).
+        features: [B, D] float, any norm up to 1e18, B may be 0 (the loss is then 0).
         targets: [B] int64 below C; a negative one marks a row without label, which is left out.
         linear: [C, D] float; rows of the linear probe.
         prototypes: [C, D] float that does not require grad; textual prototypes, any norm.
@@ -181,8 +182,9 @@ def dual_cross_entropy(
     if prototypes.requires_grad:
         raise ValueError(f"{op}: prototypes are fitted, not learned; pass prototypes.detach()")
     _checks.labels(op, "targets", targets, rows, classes)
+    dtype = working_dtype(features, linear, prototypes, weights)
     if weights is None:
-        weights = torch.full((rows,), 1.0 / max(rows, 1), device=features.device)
+        weights = torch.full((rows,), 1.0 / max(rows, 1), dtype=dtype, device=features.device)
     _checks.vector(op, "weights", weights, rows, _checks.FLOATS)
     if adjustment is not None:
         adjustment = adjustment[None] if adjustment.ndim == 1 else adjustment
@@ -193,7 +195,7 @@ def dual_cross_entropy(
         if adjustment is None:
             raise ValueError(f"{op}: group selects rows of adjustment, which is None")
         _checks.labels(op, "group", group, rows, adjustment.shape[0])
-    align = scalar(op, "align", align, features)
+    align = scalar(op, "align", align, features, dtype)
     _checks.same_device(
         op,
         features,
@@ -222,7 +224,9 @@ def dual_cross_entropy(
         loss_on == "fused",
         normalize_linear,
     )
-    dtype = working_dtype(features, linear, prototypes, weights)
     if choose(op, features, dtype, backend) == "reference":
         return dual_cross_entropy_reference(features, targets, linear, prototypes, *options)
+    if not torch.is_grad_enabled():
+        # Or the op would compute gradients that nobody asks for.
+        features, linear = features.detach(), linear.detach()
     return _DualCrossEntropy.apply(features, linear, targets, prototypes, *options)

@@ -16,9 +16,10 @@ from ulfine_fast import _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._handover import hand_over, keep
-from ulfine_fast.ops._rows import unit_rows, working_dtype
+from ulfine_fast.ops._rows import unit_rows, without_autocast, working_dtype
 
 
+@without_autocast
 def orthogonality_reference(prototypes: Tensor) -> Tensor:
     """The definition; see `orthogonality`."""
     classes, dim = prototypes.shape
@@ -27,8 +28,8 @@ def orthogonality_reference(prototypes: Tensor) -> Tensor:
         return (unit_rows(prototypes, dtype) * 0.0).sum()
     unit = unit_rows(prototypes, dtype)
     if classes <= dim:
-        gram = unit @ unit.T
-        total = gram.square().sum() - gram.diagonal().square().sum()
+        diagonal = torch.eye(classes, dtype=torch.bool, device=unit.device)
+        total = (unit @ unit.T).masked_fill(diagonal, 0.0).square().sum()
     else:
         # The same sum from the D x D side, C / D times cheaper.
         total = (unit.T @ unit).square().sum() - unit.square().sum(-1).square().sum()
@@ -40,7 +41,7 @@ torch.library.define("ulfine::_orthogonality", "(Tensor prototypes) -> (Tensor, 
 
 @torch.library.register_fake("ulfine::_orthogonality")
 def _(prototypes):
-    return prototypes.new_empty((), dtype=torch.float32), torch.empty_like(prototypes, dtype=torch.float32)
+    return tuple(prototypes.new_empty(size, dtype=torch.float32) for size in ((), prototypes.shape))
 
 
 @torch.library.impl("ulfine::_orthogonality", "cpu")

@@ -21,7 +21,7 @@ from torch import Tensor
 from ulfine_fast import _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._rows import ZERO_NORM_SQUARED, unit_rows, working_dtype
+from ulfine_fast.ops._rows import ZERO_NORM_SQUARED, unit_rows, without_autocast, working_dtype
 
 # Norm of the blended prototype below which text and vision point against each other: the old one stays.
 SMALLEST_BLEND = 1e-6
@@ -36,6 +36,7 @@ class FittedPrototypes(NamedTuple):
     distribution: Tensor  # [C] running distribution of the pseudo-labels, P_u; zeros before the first
 
 
+@without_autocast
 def proto_fit_reference(
     features: Tensor,
     targets: Tensor,
@@ -57,13 +58,13 @@ def proto_fit_reference(
         share = gamma * distribution + (1.0 - gamma) * mass / total.clamp_min(1e-30)
         share = torch.where(total > 0, share, distribution.to(dtype))
 
-        member = (targets[None, :] == torch.arange(classes, device=targets.device)[:, None]).to(dtype)
-        count = member.sum(-1)
-        present = count > 0
         used = (targets >= 0) & (targets < classes)
         # An ignored row takes no part even if it is not finite: NaN * 0 would be NaN.
         x = torch.where(used[:, None], unit_rows(features, dtype), 0.0)
-        mean = (member @ x) / count.clamp_min(1.0)[:, None]
+        rows = torch.where(used, targets, 0)
+        count = torch.zeros(classes, dtype=dtype, device=x.device).index_add(0, rows, used.to(dtype))
+        present = count > 0
+        mean = torch.zeros_like(textual, dtype=dtype).index_add(0, rows, x) / count.clamp_min(1.0)[:, None]
         running = torch.where(seen[:, None], beta * visual + (1.0 - beta) * mean, mean)
         running = torch.where(present[:, None], running, visual.to(dtype))
 
@@ -72,7 +73,7 @@ def proto_fit_reference(
         blend = (1.0 - alpha) * unit_rows(textual, dtype) + alpha * unit_rows(running, dtype)
         norm = blend.norm(dim=-1, keepdim=True)
         has_mean = running.square().sum(-1, keepdim=True) > ZERO_NORM_SQUARED
-        touched = present[:, None] & has_mean & (norm >= SMALLEST_BLEND)
+        touched = present[:, None] & has_mean & (norm >= SMALLEST_BLEND) & norm.isfinite()
         fitted = torch.where(touched, blend / norm.clamp_min(SMALLEST_BLEND), textual.to(dtype))
         return FittedPrototypes(
             fitted.to(textual.dtype),
@@ -97,6 +98,8 @@ def _(features, targets, histogram, textual, visual, seen, distribution, mu, bet
 @torch.library.impl("ulfine::_proto_fit_", "cpu")
 def _(*arguments):
     _native.proto_fit_(*arguments)
+    # The kernel writes behind autograd's back: a graph that saved a state tensor must notice.
+    torch.autograd.graph.increment_version(arguments[3:7])
 
 
 def proto_fit(
@@ -116,7 +119,7 @@ def proto_fit(
     """New state after one labelled batch; no argument is changed. See `proto_fit_` for the update in place.
 
     Args:
-        features: [B, D] float; labelled features, any norm, B may be 0.
+        features: [B, D] float; labelled features, any norm up to 1e18, B may be 0.
         targets: [B] int64 below C; a row with a negative one is left out.
         histogram: [C] int64 or float32, at least 0: pseudo-labels of this step per class, as
             `pseudo_label` counts them. All zeros leaves `distribution` as it is.
@@ -132,7 +135,8 @@ def proto_fit(
 
     Returns:
         FittedPrototypes. Classes that no target names keep their textual and visual prototypes bit by bit;
-        so does a textual prototype that the blend would cancel (norm below 1e-6).
+        so does a textual prototype whose blend has a norm below 1e-6 or is not finite. A feature that is not
+        finite makes the visual prototype of its class so, and no other.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, label or range. RuntimeError: the named back end
@@ -142,7 +146,7 @@ def proto_fit(
     options = _check(features, targets, histogram, *state, mu, beta, gamma)
     if choose("proto_fit", features, working_dtype(features, textual), backend) == "reference":
         return proto_fit_reference(features, targets, histogram, *state, *options)
-    state = [tensor.detach().clone() for tensor in state]
+    state = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in state]
     torch.ops.ulfine._proto_fit_.default(features.detach(), targets, histogram, *state, *options)
     return FittedPrototypes(*state)
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from ulfine_fast import _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._rows import unit_rows, working_dtype
+from ulfine_fast.ops._rows import ZERO_NORM_SQUARED, unit_rows, without_autocast, working_dtype
 
 
+@without_autocast
 def proto_logits_reference(features: Tensor, prototypes: Tensor, scale: float) -> Tensor:
     """The definition; see `proto_logits`."""
     dtype = working_dtype(features, prototypes)
@@ -55,7 +56,7 @@ def _(features, prototypes, scale, backend):
     if backend == "triton":
         from ulfine_fast.kernels.proto_logits import proto_logits_triton
 
-        return proto_logits_triton(features, prototypes, scale)
+        return proto_logits_triton(features, prototypes, scale, ZERO_NORM_SQUARED)
     return _native.proto_logits(features, prototypes, scale)
 
 
@@ -106,7 +107,7 @@ def proto_logits(
     """`scale * cosine(features, prototypes)`, differentiable in both.
 
     Args:
-        features: [B, D] float32, bfloat16, float16 or float64; any norm, B may be 0.
+        features: [B, D] float32, bfloat16, float16 or float64; any norm up to 1e18, B may be 0.
         prototypes: [C, D] float, C >= 1; any norm.
         scale: inverse temperature, a finite number above 0.
         backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".

@@ -19,14 +19,14 @@ from torch import Tensor
 from ulfine_fast import _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._rows import unit_rows, working_dtype
+from ulfine_fast.ops._rows import unit_rows, without_autocast, working_dtype
 
 
 class PseudoLabels(NamedTuple):
-    """What `pseudo_label` says of B weak rows over C classes."""
+    """What `pseudo_label` says of B weak rows over C classes; float64 instead of float32 if an input is."""
 
-    label: Tensor  # [B] int64 in 0..C-1; -1 where a logit is not finite
-    confidence: Tensor  # [B] float32 in [1/C, 1]; 0 where a logit is not finite
+    label: Tensor  # [B] int64 in 0..C-1; -1 where the confidence is not finite
+    confidence: Tensor  # [B] float32 in [1/C, 1]; 0 where it would not be finite
     keep: Tensor  # [B] bool
     histogram: Tensor  # [C] int64, rows per label, kept or not
     kept_histogram: Tensor  # [C] int64, kept rows per label
@@ -53,6 +53,7 @@ def fuse_logits_reference(zl: Tensor, zt: Tensor, eta: float, align: Tensor) -> 
     return eta * zl + (1.0 - eta) * align.to(zt.dtype) * zt
 
 
+@without_autocast
 def pseudo_label_reference(
     features: Tensor,
     linear: Tensor,
@@ -85,7 +86,8 @@ def pseudo_label_reference(
         classes_of = torch.arange(classes, device=label.device)
         one_hot = label[:, None] == classes_of
         rows = min(scale_rows, zl.shape[0])
-        spread = torch.stack([z[:rows].std(-1, correction=0) for z in (zl, zt)])  # [2, rows]
+        logits = torch.stack([zl[:rows], zt[:rows]])
+        spread = (logits - logits.mean(-1, keepdim=True)).square().mean(-1).sqrt()  # [2, rows]
         counted = spread.isfinite().all(0)
         total = torch.where(counted, spread, 0.0).sum(-1)
         branch_scale = total / counted.sum().clamp_min(1)
@@ -103,8 +105,19 @@ torch.library.define(
 
 
 @torch.library.register_fake("ulfine::_pseudo_label")
-def _(features, linear, prototypes, threshold, align, eta, linear_scale, proto_scale, temperature,
-      normalize_linear, scale_rows):
+def _(
+    features,
+    linear,
+    prototypes,
+    threshold,
+    align,
+    eta,
+    linear_scale,
+    proto_scale,
+    temperature,
+    normalize_linear,
+    scale_rows,
+):
     rows, classes = features.shape[0], linear.shape[0]
     return (
         features.new_empty(rows, dtype=torch.int64),
@@ -141,7 +154,7 @@ def pseudo_label(
     Never differentiates and never holds a [B, C] matrix of logits beyond a chunk of rows.
 
     Args:
-        features: [B, D] float; weak views, any norm, B may be 0.
+        features: [B, D] float; weak views, any norm up to 1e18, B may be 0.
         linear: [C, D] float; rows of the linear probe.
         prototypes: [C, D] float; textual prototypes, any norm.
         threshold: confidence from which a row is kept, in [0, 1]; a number, or [C] for one per class.
@@ -155,8 +168,8 @@ def pseudo_label(
         backend: None (the selected one), "auto", "reference" or "cpp".
 
     Returns:
-        PseudoLabels. A row with a logit that is not finite gets label -1, confidence 0, keep False, and is
-        in no histogram and no scale.
+        PseudoLabels. A row whose confidence is not finite (a NaN, or an infinite feature) gets label -1,
+        confidence 0, keep False, and is in no histogram and no scale.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or range. RuntimeError: the named back end cannot
@@ -167,40 +180,52 @@ def pseudo_label(
     _checks.bank(op, "linear", linear, features)
     classes = linear.shape[0]
     _checks.matrix(op, "prototypes", prototypes, classes, features.shape[1])
+    dtype = working_dtype(features, linear, prototypes)
     if isinstance(threshold, Tensor):
         if threshold.ndim:
             _checks.vector(op, "threshold", threshold, classes, _checks.FLOATS)
         threshold = threshold.reshape(-1)
     else:
         _checks.between(op, "threshold", threshold, 0.0, 1.0)
-        threshold = torch.full((1,), threshold, device=features.device)
-    align = scalar(op, "align", align, features)
-    _checks.same_device(
-        op, features, linear=linear, prototypes=prototypes, threshold=threshold, align=align
-    )
+        threshold = torch.full((1,), threshold, dtype=dtype, device=features.device)
+    align = scalar(op, "align", align, features, dtype)
+    _checks.same_device(op, features, linear=linear, prototypes=prototypes, threshold=threshold, align=align)
     _checks.between(op, "eta", eta, 0.0, 1.0)
     for name, value in (
-        ("linear_scale", linear_scale), ("proto_scale", proto_scale), ("temperature", temperature)
+        ("linear_scale", linear_scale),
+        ("proto_scale", proto_scale),
+        ("temperature", temperature),
     ):
         _checks.positive(op, name, value)
     if scale_rows is not None and scale_rows < 0:
         raise ValueError(f"{op}: scale_rows must be None or at least 0, got {scale_rows}")
     rows = features.shape[0] if scale_rows is None else min(scale_rows, features.shape[0])
     arguments = (
-        features, linear, prototypes, threshold, align, float(eta), float(linear_scale),
-        float(proto_scale), float(temperature), normalize_linear, rows,
+        features,
+        linear,
+        prototypes,
+        threshold,
+        align,
+        float(eta),
+        float(linear_scale),
+        float(proto_scale),
+        float(temperature),
+        normalize_linear,
+        rows,
     )
-    if choose(op, features, working_dtype(features, linear, prototypes), backend) == "reference":
+    if choose(op, features, dtype, backend) == "reference":
         return pseudo_label_reference(*arguments)
-    return PseudoLabels(*torch.ops.ulfine._pseudo_label.default(*(
-        a.detach() if isinstance(a, Tensor) else a for a in arguments
-    )))
+    return PseudoLabels(
+        *torch.ops.ulfine._pseudo_label.default(
+            *(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        )
+    )
 
 
-def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+def scalar(op: str, name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` as a scalar tensor beside `like`: device scalars stay on the device, so nothing waits."""
     if not isinstance(value, Tensor):
-        return torch.full((), value, device=like.device)
+        return torch.full((), value, dtype=dtype, device=like.device)
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must be a number or a scalar tensor, got {list(value.shape)}")
     return value.reshape(())

@@ -1,0 +1,79 @@
+"""What every test stands on: one thread, a fixed seed, both CPU back ends, and poisoned memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Idle OpenMP workers sleep instead of spinning on a shared machine; read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Without a GPU, Triton kernels run in their interpreter; read when the module of a kernel is loaded.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# A graph that was compiled before an op changed would pass, or fail, for the op as it was then.
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+
+from ulfine_fast import _native
+
+torch.set_num_threads(1)
+
+# The same examples in every run, so that a red test is red for everyone.
+settings.register_profile("ulfine", derandomize=True, deadline=None, database=None, max_examples=30)
+settings.load_profile("ulfine")
+
+FENCE = 256
+
+
+@pytest.fixture(scope="module", params=["reference", "cpp"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both back ends of the CPU. Without the extension the tests of cpp fail: it is not optional here."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def poisoned() -> Callable:
+    """`poisoned(f)` is f() with every fresh output and scratch buffer full of NaN (or -6e18) and fenced.
+
+    A value that the kernel does not write, or reads before it writes it, shows in the result; a write
+    outside the buffer raises here.
+    """
+
+    def run(function: Callable[[], object]) -> object:
+        allocations = []
+        plain_empty = torch.empty
+
+        def empty(*size, dtype=None, device=None, **_):
+            shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+            dtype = dtype or torch.get_default_dtype()
+            octet = 0xFF if dtype.is_floating_point else 0xAB
+            count = torch.Size(shape).numel() * dtype.itemsize
+            raw = plain_empty(count + 2 * FENCE, dtype=torch.uint8).fill_(octet)
+            allocations.append((raw, octet))
+            return raw[FENCE : FENCE + count].view(dtype).view(shape)
+
+        _native.release_scratch()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", empty)
+            patch.setattr(
+                torch, "empty_like", lambda t, dtype=None, **_: empty(t.shape, dtype=dtype or t.dtype)
+            )
+            result = function()
+        _native.release_scratch()
+        assert allocations, "the function allocated nothing"
+        for raw, octet in allocations:
+            fences = torch.cat([raw[:FENCE], raw[-FENCE:]])
+            assert (fences == octet).all(), "written outside an output or the scratch memory"
+        return result
+
+    return run

@@ -1,0 +1,50 @@
+"""A small long-tailed set of Gaussian features with its text prototypes: what the encoder gives, in no time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ulfine_fast.features import FeatureData
+from ulfine_fast.splits import make_split
+
+
+def small_data(
+    classes: int = 6, dim: int = 16, seed: int = 0, protocol: str = "usb", copies: int = 2
+) -> FeatureData:
+    """FeatureData with 30..3 labelled and 60..6 unlabelled images in `classes` well separated classes."""
+    random = torch.Generator().manual_seed(seed)
+
+    def unit(*shape: int) -> torch.Tensor:
+        return F.normalize(torch.randn(*shape, generator=random), dim=-1)
+
+    centres = unit(classes, dim)
+    labels = np.repeat(np.arange(classes), 100)
+    split = make_split(
+        labels, protocol=protocol, labelled_largest=30, unlabelled_largest=60, imbalance=10.0, seed=seed
+    )
+
+    def views(truth: torch.Tensor, noise: float) -> torch.Tensor:
+        shape = copies, len(truth), dim
+        return F.normalize(centres[truth] + noise * torch.randn(*shape, generator=random), dim=-1)
+
+    labelled, unlabelled = (torch.from_numpy(labels[part]) for part in (split.labelled, split.unlabelled))
+    test = torch.arange(classes).repeat_interleave(20)
+    return FeatureData(
+        labelled=views(labelled, 0.3),
+        labels=labelled,
+        weak=views(unlabelled, 0.3),
+        strong=views(unlabelled, 0.4),
+        unlabelled_truth=unlabelled,
+        test=views(test, 0.3)[0],
+        test_labels=test,
+        validation=None,
+        validation_labels=None,
+        prototypes=F.normalize(centres + 0.2 * torch.randn(classes, dim, generator=random), dim=-1),
+        class_names=tuple(f"class {k}" for k in range(classes)),
+        labelled_counts=torch.from_numpy(split.labelled_counts),
+        unlabelled_counts=torch.from_numpy(split.unlabelled_counts),
+        unlabelled_is_labelled=torch.from_numpy(split.unlabelled_is_labelled),
+        split=split,
+    )

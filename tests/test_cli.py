@@ -1,0 +1,299 @@
+"""The command: what it prints and writes, its exit codes, its errors. Features are synthetic."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from synthetic import small_data
+from typer.testing import CliRunner
+
+import ulfine_fast
+from ulfine_fast import demo, experiment
+from ulfine_fast.cli import app
+from ulfine_fast.config import METHODS, Schedule
+
+QUICK = ["--steps", "30", "--log-every", "10"]
+PICTURES = {"class_counts.png", "per_class_accuracy.png", "pseudo_labels.png", "class_distribution.png"}
+
+
+@pytest.fixture(autouse=True)
+def data(monkeypatch, tmp_path):
+    """Synthetic features whatever the data set, and a working folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(choice, *, progress=True):
+        return small_data(seed=choice.seed)
+
+    for module in (experiment, demo):
+        monkeypatch.setattr(module, "load_data", load)
+
+
+def call(*words, code=0):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def strict(path):
+    def refuse(name):
+        pytest.fail(f"{name} in {path}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_train_writes_everything_and_shows_the_split_first(tmp_path):
+    result = call("train", *QUICK)
+    run = tmp_path / "runs" / "ulfine"
+    assert {path.name for path in run.iterdir()} == PICTURES | {
+        "checkpoint.safetensors",
+        "config.json",
+        "metrics.json",
+        "predictions.csv",
+    }
+    assert result.output.index("unlabelled") < result.output.index("Training ulfine")
+    metrics = strict(run / "metrics.json")
+    assert metrics["steps"] == 30
+    assert [record["step"] for record in metrics["history"]] == [10, 20, 30]
+    assert set(metrics["metrics"]) == {"fused", "linear", "text"}
+    assert metrics["configuration"]["method"]["eta"] == METHODS["ulfine"].eta
+    with (run / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["truth"] == row["ulfine_prediction"] for row in rows)
+    assert right / len(rows) == pytest.approx(metrics["metrics"]["fused"]["overall"])
+
+
+def test_evaluate_gives_the_numbers_of_train(tmp_path):
+    call("train", *QUICK, "--out", "runs/a")
+    before = strict(tmp_path / "runs/a/metrics.json")["metrics"]
+    result = call("evaluate", "runs/a")
+    assert strict(tmp_path / "runs/a/evaluation.json")["metrics"] == before
+    for branch in ("fused", "linear", "text"):
+        assert branch in result.output
+
+
+def test_settings_change_the_preset(tmp_path):
+    call("train", *QUICK, "--set", "mu=0.01", "--set", "adjust_unlabelled=kept", "--set", "scale_rows=8")
+    method = strict(tmp_path / "runs/ulfine/config.json")["method"]
+    assert (method["mu"], method["adjust_unlabelled"], method["scale_rows"]) == (0.01, "kept", 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "mu=high"], "expected float, got 'high'"),
+        (["--set", "nu=1"], "expected one of eta"),
+        (["--set", "adjust_unlabelled=maybe"], "adjust_unlabelled must be one of"),
+        (["--set", "normalize_linear=1"], "expected true or false, got '1'"),
+        (["--method", "mixmatch"], "expected one of zero_shot"),
+        (["--learning-rate", "0"], "learning_rate must be above 0"),
+        (["--steps", "0"], "greater than or equal to 1"),
+        (["--unlabelled", "sideways"], "sideways"),
+        (["--nonsense"], "No such option"),
+    ],
+)
+def test_wrong_usage_is_2(words, message):
+    result = call("train", *words, code=2)
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_another_configuration_is_not_overwritten(tmp_path):
+    call("train", *QUICK, "--out", "runs/a")
+    before = (tmp_path / "runs/a/metrics.json").read_text()
+    result = call("train", *QUICK, "--out", "runs/a", "--seed", "1", code=1)
+    assert "runs/a holds another run: data.seed: expected 0, got 1" in result.output
+    assert "--overwrite" in result.output
+    assert (tmp_path / "runs/a/metrics.json").read_text() == before
+    call("train", *QUICK, "--out", "runs/a", "--seed", "1", "--overwrite")
+    assert strict(tmp_path / "runs/a/config.json")["data"]["seed"] == 1
+
+
+def test_a_foreign_folder_is_not_written_to(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    result = call("train", *QUICK, "--out", "mine", code=1)
+    assert "expected a run folder or an empty one" in result.output
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_resume_continues_an_interrupted_run(tmp_path, monkeypatch):
+    from ulfine_fast.trainer import Batches
+
+    call("train", *QUICK, "--out", "runs/whole")
+    batches = Batches.__call__
+
+    def interrupt(self, step):
+        if step == 25:
+            raise KeyboardInterrupt
+        return batches(self, step)
+
+    words = ["train", *QUICK, "--out", "runs/cut", "--checkpoint-every", "10"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__call__", interrupt)
+        patch.setattr(sys, "argv", ["ulfine-fast", *words])
+        result = call(*words, code=1)
+    command = "ulfine-fast train --steps 30 --log-every 10 --out runs/cut --checkpoint-every 10 --resume"
+    assert command in result.output
+    call(*words, "--resume")
+    whole, cut = (strict(tmp_path / f"runs/{name}/metrics.json") for name in ("whole", "cut"))
+    assert whole["metrics"] == cut["metrics"]
+    assert whole["history"] == cut["history"]
+
+
+def test_resume_needs_a_run():
+    result = call("train", *QUICK, "--resume", code=1)
+    assert "--resume: expected a run in runs/ulfine, got no config.json" in result.output
+
+
+def test_without_resume_a_run_starts_again(tmp_path):
+    call("train", *QUICK)
+    checkpoint = tmp_path / "runs/ulfine/checkpoint.safetensors"
+    checkpoint.write_bytes(b"damaged")
+    result = call("train", *QUICK, "--resume", code=1)
+    assert "checkpoint.safetensors: damaged" in result.output
+    call("train", *QUICK)
+    assert checkpoint.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("missing", ["folder", "checkpoint", "damaged configuration", "field"])
+def test_evaluate_says_what_is_missing(tmp_path, missing):
+    call("train", *QUICK, "--out", "runs/a")
+    run = tmp_path / "runs/a"
+    if missing == "folder":
+        run = tmp_path / "runs/b"
+        message = "expected the folder of a run"
+    elif missing == "checkpoint":
+        (run / "checkpoint.safetensors").unlink()
+        message = "expected checkpoint.safetensors, got none"
+    elif missing == "damaged configuration":
+        (run / "config.json").write_text("{")
+        message = "config.json: damaged"
+    else:
+        (run / "config.json").write_text('{"data": {}, "name": "x", "method": {}}')
+        message = "config.json: expected schedule, got none"
+    result = call("evaluate", run, code=1)
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) <= 2
+
+
+def test_failures_before_training_leave_no_folder(tmp_path, monkeypatch):
+    def fail(choice, *, progress=True):
+        raise ValueError("make_split: class 2 needs 750 images, got 400\nmore\nand more")
+
+    monkeypatch.setattr(experiment, "load_data", fail)
+    result = call("train", *QUICK, code=1)
+    assert "error: make_split: class 2 needs 750 images, got 400" in result.output
+    assert "and more" not in result.output
+    assert not (tmp_path / "runs").exists()
+    shown = CliRunner().invoke(app, ["--traceback", "train", *QUICK])
+    assert shown.exit_code == 1
+    assert isinstance(shown.exception, ValueError)
+
+
+def test_methods_without_unlabelled_data_have_fewer_pictures(tmp_path):
+    call("train", *QUICK, "--method", "lift")
+    names = {path.name for path in (tmp_path / "runs/lift").iterdir()}
+    assert names & PICTURES == {"class_counts.png", "per_class_accuracy.png"}
+    call("train", *QUICK, "--method", "zero_shot")
+    assert strict(tmp_path / "runs/zero_shot/metrics.json")["steps"] == 0
+
+
+def test_demo_compares_every_method(tmp_path):
+    result = call("demo", "--seeds", "2", "--steps", "20", "--out", "runs/demo")
+    folder = tmp_path / "runs/demo"
+    assert {path.name for path in folder.iterdir()} == PICTURES | {"metrics.json", "predictions.csv"}
+    record = strict(folder / "metrics.json")
+    assert list(record["methods"]) == list(METHODS)
+    for summary in record["methods"].values():
+        for name in ("overall", "many", "medium", "few", "seconds"):
+            assert set(summary[name]) == {"mean", "std"}
+        runs = [run["metrics"]["fused"]["overall"] for run in summary["runs"]]
+        assert summary["overall"]["mean"] == pytest.approx(sum(runs) / 2)
+        assert set(summary["by_count"]) == {"many", "medium", "few"}
+    assert record["configuration"]["schedule"]["steps"] == 20
+    assert record["versions"]["ulfine_fast"] == ulfine_fast.__version__
+    assert "runs/demo" in result.output
+    assert "±" in result.output
+    with (folder / "predictions.csv").open(newline="") as file:
+        assert len(next(csv.reader(file))) == 2 + 2 * len(METHODS)
+
+
+def test_demo_of_chosen_methods_and_one_seed(tmp_path):
+    call("demo", "--seeds", "1", "--steps", "5", "--method", "lift", "--method", "zero_shot")
+    record = strict(tmp_path / "runs/demo/metrics.json")
+    assert list(record["methods"]) == ["lift", "zero_shot"]
+    assert record["methods"]["lift"]["overall"]["std"] is None
+    call("demo", "--method", "mixmatch", code=2)
+
+
+def test_demo_takes_its_seeds_from_the_configuration(tmp_path):
+    schedule = replace(Schedule(), steps=5)
+    one = demo.run_demo(tmp_path / "a", seeds=(3,), methods={"lift": METHODS["lift"]}, schedule=schedule)
+    two = demo.run_demo(tmp_path / "b", seeds=(3,), methods={"lift": METHODS["lift"]}, schedule=schedule)
+    runs = [record["methods"]["lift"]["runs"][0]["metrics"] for record in (one, two)]
+    assert runs[0] == runs[1]
+
+
+def test_info_json_names_every_back_end():
+    record = json.loads(call("info", "--json").output)
+    assert record["version"] == ulfine_fast.__version__
+    assert set(record["backends"]) == {"reference", "cpp", "triton", "cuda"}
+    for state in record["backends"].values():
+        assert isinstance(state["built"], bool)
+        assert isinstance(state["available"], bool)
+        assert isinstance(state["reason"], str)
+    assert record["backends"]["reference"]["available"]
+    assert record["threads"] == torch.get_num_threads()
+
+
+def test_info_counts_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ULFINE_CACHE", str(tmp_path / "cache"))
+    assert json.loads(call("info", "--json").output)["cache"]["bytes"] == 0
+    (tmp_path / "cache" / "entry").mkdir(parents=True)
+    (tmp_path / "cache" / "entry" / "features.npy").write_bytes(b"x" * 2_000_000)
+    assert json.loads(call("info", "--json").output)["cache"]["bytes"] == 2_000_000
+    assert "2.0 MB" in call("info").output
+
+
+def test_every_option_is_explained():
+    for command in ("demo", "train", "evaluate", "info"):
+        text = call(command, "--help").output
+        assert "Example" in text
+    assert "[default: 0.01]" in " ".join(call("train", "--help").output.replace("│", " ").split())
+    assert call("--version").output.strip() == ulfine_fast.__version__
+
+
+def test_threads_and_determinism_are_set(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: calls.append(("threads", n)))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: calls.append(("deterministic", on)))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    call("train", *QUICK, "--threads", "1", "--deterministic")
+    assert calls == [("threads", 1), ("deterministic", True)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_an_absent_device_is_an_error():
+    result = call("train", *QUICK, "--device", "cuda", code=1)
+    assert "--device cuda: expected a CUDA device, got none" in result.output
+
+
+def test_the_command_starts_without_heavy_modules():
+    code = (
+        "import sys, ulfine_fast.cli;"
+        "print([m for m in ('matplotlib', 'torchmetrics', 'rich', 'safetensors', 'PIL') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
+def test_module_runs_as_a_command():
+    command = [sys.executable, "-m", "ulfine_fast", "--version"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.strip() == ulfine_fast.__version__
