@@ -78,7 +78,8 @@ PYBIND11_MODULE(_C, m) {
                                          temperature,
                                          normalize_linear,
                                          scale_rows,
-                                         threads});
+                                         threads,
+                                         nullptr});
       },
       unlocked);
 
@@ -110,9 +111,79 @@ PYBIND11_MODULE(_C, m) {
                                                proto_scale,
                                                fused,
                                                normalize_linear,
-                                               threads});
+                                               threads,
+                                               nullptr});
       },
       unlocked);
+
+  m.def("head_loss",
+        [](py::function scratch, uintptr_t features, uintptr_t weak, uintptr_t targets, uintptr_t linear,
+           uintptr_t prototypes, uintptr_t threshold, int64_t thresholds, uintptr_t adjustment,
+           uintptr_t strong_adjustment, uintptr_t loss, uintptr_t d_features, uintptr_t d_linear,
+           uintptr_t d_prototypes, uintptr_t label, uintptr_t confidence, uintptr_t keep, uintptr_t histogram,
+           uintptr_t kept_histogram, uintptr_t branch_scale, int64_t b, int64_t labelled, int64_t unlabelled,
+           int64_t c, int64_t d, float align, float eta, float linear_scale, float proto_scale,
+           float temperature, bool normalize_linear, int64_t scale_rows, bool fused, float unlabelled_weight,
+           float orthogonality_weight, int threads) {
+          const auto *w = at<const float>(linear), *t = at<const float>(prototypes);
+          const ulfine::HeadLoss arguments = {{at<const float>(weak),
+                                               w,
+                                               t,
+                                               at<const float>(threshold),
+                                               thresholds,
+                                               at<int64_t>(label),
+                                               at<float>(confidence),
+                                               at<bool>(keep),
+                                               at<int64_t>(histogram),
+                                               at<int64_t>(kept_histogram),
+                                               at<float>(branch_scale),
+                                               nullptr,
+                                               unlabelled,
+                                               c,
+                                               d,
+                                               eta,
+                                               align,
+                                               linear_scale,
+                                               proto_scale,
+                                               temperature,
+                                               normalize_linear,
+                                               scale_rows,
+                                               threads,
+                                               nullptr},
+                                              {at<const float>(features),
+                                               at<const int64_t>(targets),
+                                               w,
+                                               t,
+                                               nullptr,
+                                               nullptr,
+                                               0,
+                                               nullptr,
+                                               at<float>(loss),
+                                               at<float>(d_features),
+                                               at<float>(d_linear),
+                                               nullptr,
+                                               b,
+                                               c,
+                                               d,
+                                               eta,
+                                               align,
+                                               linear_scale,
+                                               proto_scale,
+                                               fused,
+                                               normalize_linear,
+                                               threads,
+                                               nullptr},
+                                              labelled,
+                                              at<const float>(adjustment),
+                                              at<const float>(strong_adjustment),
+                                              unlabelled_weight,
+                                              at<float>(d_prototypes),
+                                              orthogonality_weight};
+          const auto kernels = selected().kernels;
+          float* memory = at<float>(scratch(kernels.head_loss_scratch(arguments)).cast<uintptr_t>());
+          const py::gil_scoped_release unlock;
+          kernels.head_loss(arguments, memory);
+        });
 
   m.def("proto_fit_scratch", selected().kernels.proto_fit_scratch);
   m.def(

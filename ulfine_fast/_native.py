@@ -264,3 +264,85 @@ def orthogonality(prototypes: Tensor, weight: float = 1.0) -> tuple[Tensor, Tens
         threads,
     )
     return value, gradient
+
+
+def head_loss(
+    features: Tensor,
+    weak: Tensor,
+    targets: Tensor,
+    linear: Tensor,
+    prototypes: Tensor,
+    threshold: Tensor,
+    align: Tensor,
+    adjustment: Tensor | None,
+    strong_adjustment: Tensor | None,
+    eta: float,
+    linear_scale: float,
+    proto_scale: float,
+    temperature: float,
+    normalize_linear: bool,
+    scale_rows: int,
+    fused: bool,
+    unlabelled_weight: float,
+    orthogonality_weight: float,
+    need_features: bool,
+    need_linear: bool,
+    need_prototypes: bool,
+) -> tuple[Tensor, ...]:
+    x, u, w, t = _f32(features), _f32(weak), _f32(linear), _f32(prototypes)
+    limit, target = _f32(threshold), targets.contiguous()
+    shift, strong_shift = (None if s is None else _f32(s) for s in (adjustment, strong_adjustment))
+    (b, d), c, unlabelled = x.shape, w.shape[0], u.shape[0]
+    loss = _empty(())
+    d_x = _empty(x.shape if need_features else 0)
+    d_w = _empty(w.shape if need_linear else 0)
+    d_t = _empty(t.shape if orthogonality_weight else 0)
+    label = torch.empty(unlabelled, dtype=torch.int64)
+    confidence = _empty(unlabelled)
+    keep = torch.empty(unlabelled, dtype=torch.bool)
+    histogram = torch.empty(c, dtype=torch.int64)
+    kept_histogram = torch.empty(c, dtype=torch.int64)
+    branch_scale = _empty(2)
+    _C.head_loss(
+        _scratch,
+        x.data_ptr(),
+        u.data_ptr(),
+        target.data_ptr(),
+        w.data_ptr(),
+        t.data_ptr(),
+        limit.data_ptr(),
+        limit.numel(),
+        _address(shift),
+        _address(strong_shift),
+        loss.data_ptr(),
+        d_x.data_ptr() if need_features else 0,
+        d_w.data_ptr() if need_linear else 0,
+        d_t.data_ptr() if orthogonality_weight else 0,
+        label.data_ptr(),
+        confidence.data_ptr(),
+        keep.data_ptr(),
+        histogram.data_ptr(),
+        kept_histogram.data_ptr(),
+        branch_scale.data_ptr(),
+        b,
+        len(target),
+        unlabelled,
+        c,
+        d,
+        float(align),
+        eta,
+        linear_scale,
+        proto_scale,
+        temperature,
+        normalize_linear,
+        scale_rows,
+        fused,
+        unlabelled_weight,
+        orthogonality_weight,
+        torch.get_num_threads(),
+    )
+    if not need_prototypes:
+        d_t = _empty(0)
+    elif not orthogonality_weight:
+        d_t = torch.zeros(t.shape, dtype=torch.float32)
+    return loss, d_x, d_w, d_t, label, confidence, keep, histogram, kept_histogram, branch_scale

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,22 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; at the end of the block it is renamed onto `path`.
 
     Whoever reads `path` finds the old content or the new, never a part. If the block raises, `path` is
-    untouched and the temporary file is gone.
+    untouched and the temporary file is gone; an OSError names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             # the rename may reach the disk before the data does
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: expected to write it, got: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # without the folder there is no such file, and a place that cannot be written has none either
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def digest(tensor: Tensor) -> str:

@@ -26,7 +26,10 @@ CONFIG = "config.json"
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 Device = Literal["auto", "cpu", "cuda"]
+Backend = Literal["auto", "reference", "cpp"]
 DATA, SCHEDULE = Data(), Schedule()
+SETTINGS = [field.name for field in fields(Method) if field.name != "summary"]
+PANEL_DATA, PANEL_TRAINING = "Data", "Training"
 
 
 class _Commands(TyperGroup):
@@ -37,13 +40,21 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
+        except typer.BadParameter as error:
+            # typer's messages on ranges and types say what was expected, its cause knows what came
+            for problem in getattr(error.__cause__, "errors", list)()[:1]:
+                if repr(problem["input"]) not in error.message:
+                    error.message += f", got {problem['input']}"
+            raise
         except KeyboardInterrupt:
             _say("stopped by Ctrl-C" + _how_to_resume(ctx))
         except FAILURES as error:
             if ctx.params.get("traceback"):
                 raise
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            _say("error: " + "\n".join(lines[:2]))
+            # a full disk, say: what was written before is whole
+            how_on = _how_to_resume(ctx) if isinstance(error, OSError) and "run_dir" in ctx.meta else ""
+            _say("error: " + "\n".join(lines[: 1 if how_on else 2]) + how_on)
         raise typer.Exit(1)
 
 
@@ -101,6 +112,14 @@ def _known(name: str) -> str:
     return name
 
 
+def _known_dataset(name: str) -> str:
+    from ulfine_fast.datasets import DATASETS
+
+    if name not in DATASETS:
+        raise typer.BadParameter(f"expected one of {', '.join(DATASETS)}, got {name!r}")
+    return name
+
+
 def _known_or_all(names: list[str] | None) -> list[str]:
     return [_known(name) for name in names or METHODS]
 
@@ -127,6 +146,7 @@ def demo(
 
     The first run encodes 18,000 views (about 3 minutes on one core), later runs read them from the cache.
     """
+    _check_demo_folder(out)
     _set_threads(threads)
     from ulfine_fast.demo import run_demo
 
@@ -148,49 +168,80 @@ def train(
     ] = "ulfine",
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Change one field of the preset; repeat for more."),
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help=f"Change one field of the preset; repeat for more. Fields: {', '.join(SETTINGS)}.",
+        ),
     ] = None,
-    dataset: Annotated[str, typer.Option(help="fashion-mnist-subset or fashion-mnist.")] = DATA.dataset,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            callback=_known_dataset,
+            metavar="NAME",
+            help="fashion-mnist-subset or fashion-mnist.",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = DATA.dataset,
     protocol: Annotated[
-        Literal["acr", "daso", "usb"], typer.Option(help="How the split is drawn.")
+        Literal["acr", "daso", "usb"],
+        typer.Option(
+            help="How the split is drawn; in acr every labelled image is an unlabelled one too.",
+            rich_help_panel=PANEL_DATA,
+        ),
     ] = DATA.protocol,
     labelled_largest: Annotated[
-        int, typer.Option(min=1, help="Labelled images of the largest class.")
+        int, typer.Option(min=1, help="Labelled images of the largest class.", rich_help_panel=PANEL_DATA)
     ] = DATA.labelled_largest,
     unlabelled_largest: Annotated[
-        int, typer.Option(min=0, help="Unlabelled images of the largest class.")
+        int, typer.Option(min=0, help="Unlabelled images of the largest class.", rich_help_panel=PANEL_DATA)
     ] = DATA.unlabelled_largest,
-    imbalance: Annotated[float, typer.Option(min=1, help="Largest class / smallest class.")] = DATA.imbalance,
+    imbalance: Annotated[
+        float, typer.Option(min=1, help="Largest class / smallest class.", rich_help_panel=PANEL_DATA)
+    ] = DATA.imbalance,
     unlabelled: Annotated[
         Literal["consistent", "uniform", "reversed"],
-        typer.Option(help="Order of the unlabelled class sizes against the labelled ones."),
+        typer.Option(
+            help="Order of the unlabelled class sizes against the labelled ones.", rich_help_panel=PANEL_DATA
+        ),
     ] = DATA.unlabelled,
     class_order: Annotated[
         Literal["index", "shuffled"],
-        typer.Option(help="Head to tail by class index, or drawn from the seed."),
+        typer.Option(help="Head to tail by class index, or drawn from the seed.", rich_help_panel=PANEL_DATA),
     ] = DATA.class_order,
     size: Annotated[
-        int, typer.Option(min=32, help="Side of the encoder's input in pixels, a multiple of 32.")
+        int,
+        typer.Option(
+            min=32,
+            help="Side of the encoder's input in pixels, a multiple of 32.",
+            rich_help_panel=PANEL_DATA,
+        ),
     ] = DATA.size,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the training.")] = DATA.seed,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = SCHEDULE.steps,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Training steps.", rich_help_panel=PANEL_TRAINING)
+    ] = SCHEDULE.steps,
     labelled_batch: Annotated[
-        int, typer.Option(min=1, help="Labelled images per step.")
+        int, typer.Option(min=1, help="Labelled images per step.", rich_help_panel=PANEL_TRAINING)
     ] = SCHEDULE.labelled_batch,
     unlabelled_batch: Annotated[
-        int, typer.Option(min=0, help="Unlabelled images per step.")
+        int, typer.Option(min=0, help="Unlabelled images per step.", rich_help_panel=PANEL_TRAINING)
     ] = SCHEDULE.unlabelled_batch,
     optimizer: Annotated[
-        Literal["sgd", "adamw"], typer.Option(help="sgd has momentum 0.9.")
+        Literal["sgd", "adamw"], typer.Option(help="sgd has momentum 0.9.", rich_help_panel=PANEL_TRAINING)
     ] = SCHEDULE.optimizer,
     learning_rate: Annotated[
-        float, typer.Option(help="Learning rate at the start; a cosine takes it to 0.")
+        float,
+        typer.Option(
+            help="Learning rate at the start; a cosine takes it to 0.", rich_help_panel=PANEL_TRAINING
+        ),
     ] = SCHEDULE.learning_rate,
     weight_decay: Annotated[
-        float, typer.Option(min=0, help="Weight decay of the linear probe.")
+        float, typer.Option(min=0, help="Weight decay of the linear probe.", rich_help_panel=PANEL_TRAINING)
     ] = SCHEDULE.weight_decay,
     log_every: Annotated[
-        int, typer.Option(min=1, help="Steps between two records of the history.")
+        int,
+        typer.Option(min=1, help="Steps between two records of the history.", rich_help_panel=PANEL_TRAINING),
     ] = SCHEDULE.log_every,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 100,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD")] = None,
@@ -201,6 +252,10 @@ def train(
         bool, typer.Option("--overwrite", help="Replace a run folder of another configuration.")
     ] = False,
     device: Annotated[Device, typer.Option(help="auto takes CUDA if there is a device.")] = "auto",
+    backend: Annotated[
+        Backend,
+        typer.Option(help="Implementation of the ops; auto takes the fastest, a name runs or fails."),
+    ] = "auto",
     threads: Threads = 0,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Let torch use deterministic algorithms only.")
@@ -242,10 +297,12 @@ def train(
     _set_threads(threads)
     _set_deterministic(deterministic)
     _check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
-    from ulfine_fast import experiment, report
+    chosen_device = _device(device)
+    from ulfine_fast import experiment, report, use_backend
 
     console = _console()
-    console.print(f"Data: {data.dataset} at {data.size} px, from the cache or encoded now (first time only)")
+    console.print(f"Back end: {_backend(backend, chosen_device)}")
+    console.print(f"Data: {data.dataset} at {data.size} px, encoded the first time, then read from the cache")
     features = experiment.load_data(data)
     console.print(
         report.split_report(
@@ -255,15 +312,16 @@ def train(
     console.print(f"Training {method}: {chosen.summary}; {steps if chosen.trained else 0} steps")
     _claim(run_dir, configuration, resume=resume)
     ctx.meta["run_dir"] = run_dir
-    outcome = experiment.run(
-        features,
-        chosen,
-        schedule,
-        device=_device(device),
-        run_dir=run_dir,
-        resume=resume,
-        checkpoint_every=checkpoint_every,
-    )
+    with use_backend(backend):
+        outcome = experiment.run(
+            features,
+            chosen,
+            schedule,
+            device=chosen_device,
+            run_dir=run_dir,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+        )
     experiment.write_run(run_dir, configuration, features, outcome)
     _print_metrics(console, outcome.metrics, f"{method}, {outcome.training.seconds:.1f} s of training")
     console.print(f"Wrote metrics.json, predictions.csv, pictures and the checkpoint to {run_dir}")
@@ -278,6 +336,11 @@ def evaluate(
     """Load the checkpoint of a run, evaluate it on the test set, write evaluation.json."""
     _set_threads(threads)
     configuration = _read_configuration(run_dir)
+    try:
+        data, method = Data(**configuration["data"]), Method(**configuration["method"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run_dir / CONFIG}: {error}") from error
+    chosen_device = _device(device)
     from ulfine_fast import experiment, report
     from ulfine_fast.checkpoint import load_checkpoint
     from ulfine_fast.trainer import CHECKPOINT, build_head, load_head
@@ -285,11 +348,11 @@ def evaluate(
 
     if not (run_dir / CHECKPOINT).exists():
         raise FileNotFoundError(f"{run_dir}: expected {CHECKPOINT}, got none; finish it with train --resume")
-    features = experiment.load_data(Data(**configuration["data"]))
-    head = build_head(features.prototypes, Method(**configuration["method"]))
     tensors, record = load_checkpoint(run_dir / CHECKPOINT)
+    features = experiment.load_data(data)
+    head = build_head(features.prototypes, method)
     load_head(head, tensors)
-    head.to(_device(device))
+    head.to(chosen_device)
     metrics = evaluate_head(head, features.test, features.test_labels, features.labelled_counts)
     report.write_json(
         run_dir / "evaluation.json",
@@ -391,15 +454,28 @@ def _device(name: str) -> str:
     return name
 
 
+def _backend(requested: str, device: str) -> str:
+    """What runs the ops, for people; raises if `requested` cannot run on `device`."""
+    import torch
+
+    from ulfine_fast import _native
+    from ulfine_fast.backend import choose
+
+    name = choose("dual_cross_entropy", torch.empty(0, device=device), torch.float32, requested)
+    if name == "cpp":
+        return f"cpp ({_native.isa()})"
+    missing = _native.error if requested == "auto" and device == "cpu" else ""
+    return f"{name} (cpp is not available: {missing})" if missing else name
+
+
 def _changed(method: Method, settings: list[str]) -> Method:
     """`method` with FIELD=VALUE settings; ValueError for an unknown field or a value of another type."""
-    known = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "summary"}
     changes: dict[str, Any] = {}
     for setting in settings:
         name, _, text = setting.partition("=")
-        if name not in known:
-            raise ValueError(f"--set: expected one of {', '.join(known)}, got {name!r}")
-        kind = type(known[name])
+        if name not in SETTINGS:
+            raise ValueError(f"--set: expected one of {', '.join(SETTINGS)}, got {name!r}")
+        kind = type(getattr(method, name))
         if kind is bool:
             if text not in ("true", "false"):
                 raise ValueError(f"--set {name}: expected true or false, got {text!r}")
@@ -426,6 +502,27 @@ def _check_claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool, 
         raise FileNotFoundError(f"--resume: expected a run in {run_dir}, got no {CONFIG}")
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())) and not overwrite:
         raise FileExistsError(f"{run_dir}: expected a run folder or an empty one, got something else")
+    _check_writable(run_dir)
+
+
+def _check_demo_folder(out: Path) -> None:
+    """Raise unless `out` holds nothing but what an earlier demo left, and can be written."""
+    from ulfine_fast.report import PICTURES
+
+    own = {"metrics.json", "predictions.csv", *PICTURES}
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out}: expected a folder, got a file")
+    others = sorted(path.name for path in out.iterdir() if path.name not in own) if out.exists() else []
+    if others:
+        raise FileExistsError(f"{out}: expected an empty folder or that of a demo, got {others[0]} in it")
+    _check_writable(out)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise early, before minutes of work, where `folder` cannot be written or made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{folder}: expected a folder that can be written, got none: {there} cannot")
 
 
 def _claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool) -> None:

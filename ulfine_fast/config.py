@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 ADJUST_UNLABELLED = ("none", "labelled", "kept")
 
 
+def _one_of(record: Any, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(record, name) not in choices:
+        known = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+        raise ValueError(f"{name} must be {known}, got {getattr(record, name)!r}")
+
+
+def _above_zero(record: Any, *names: str) -> None:
+    for name in names:
+        # NaN and infinity fail too, here and below
+        if not 0 < getattr(record, name) < math.inf:
+            raise ValueError(f"{name} must be above 0, got {getattr(record, name)}")
+
+
+def _at_least(record: Any, low: int, *names: str) -> None:
+    for name in names:
+        if not low <= getattr(record, name) < math.inf:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(record, name)}")
+
+
 @dataclass(frozen=True)
 class Data:
-    """Which images a head is trained on, and as what features. The names are those of `load_features`."""
+    """Which images a head is trained on, and as what features. The names are those of `load_features`.
+
+    Raises ValueError for a number outside its range, as `Method` and `Schedule` do.
+    """
 
     dataset: str = "fashion-mnist-subset"
     protocol: str = "usb"
@@ -23,6 +47,14 @@ class Data:
     size: int = 160  # side of the encoder's input, pixels, a multiple of 32
     weak_copies: int = 2  # stored weak views per image
     strong_copies: int = 2  # stored strong views per image
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "labelled_largest", "unlabelled_largest", "seed")
+        _at_least(self, 1, "imbalance", "weak_copies", "strong_copies")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
+        if self.size <= 0 or self.size % 32:
+            raise ValueError(f"size must be a positive multiple of 32, got {self.size}")
 
 
 @dataclass(frozen=True)
@@ -53,14 +85,14 @@ class Method:
     scale_rows: int = 32  # weak rows per step that the branch scales are measured on
 
     def __post_init__(self) -> None:
-        if self.linear_init not in ("text", "random"):
-            raise ValueError(f"linear_init must be text or random, got {self.linear_init!r}")
-        if self.adjust_unlabelled not in ADJUST_UNLABELLED:
-            choices = ", ".join(ADJUST_UNLABELLED)
-            raise ValueError(f"adjust_unlabelled must be one of {choices}, got {self.adjust_unlabelled!r}")
-        for name in ("adjust_labelled", "unlabelled_weight", "orthogonality_weight", "scale_rows"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        _one_of(self, "linear_init", ("text", "random"))
+        _one_of(self, "loss_on", ("branches", "fused"))
+        _one_of(self, "adjust_unlabelled", ADJUST_UNLABELLED)
+        _above_zero(self, "linear_scale", "proto_scale", "temperature")
+        _at_least(self, 0, "adjust_labelled", "unlabelled_weight", "orthogonality_weight", "scale_rows")
+        for name in ("eta", "threshold", "mu", "beta", "gamma", "scale_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
 
 _PROBE = Method(
@@ -136,11 +168,6 @@ class Schedule:
     log_every: int = 20  # steps between two records of the history
 
     def __post_init__(self) -> None:
-        for name in ("steps", "unlabelled_batch", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("labelled_batch", "log_every", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"optimizer must be sgd or adamw, got {self.optimizer!r}")
+        _at_least(self, 0, "steps", "unlabelled_batch", "weight_decay", "seed")
+        _above_zero(self, "labelled_batch", "log_every", "learning_rate")
+        _one_of(self, "optimizer", ("sgd", "adamw"))

@@ -51,6 +51,11 @@ class ImageSet:
     invert: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("images", "labels"):
+            if not isinstance(getattr(self, name), np.ndarray):
+                raise ValueError(
+                    f"ImageSet {self.name}: {name} must be a numpy array, got {type(getattr(self, name)).__name__}"
+                )
         shape = self.images.shape
         if self.images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
             raise ValueError(

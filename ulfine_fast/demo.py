@@ -19,8 +19,8 @@ from ulfine_fast.metrics import GROUPS, mean_and_std
 SEEDS = (0, 1, 2)
 SCALARS = ("overall", "macro", "macro_f1", "worst", "harmonic_mean", "geometric_mean", "calibration_error")
 CAPTION = (
-    "Test accuracy in %, mean ± standard deviation over seeds {seeds}; a seed draws the split and which classes "
-    "are head and tail. many / medium / few: thirds of the classes by labelled images. Time: training, per run."
+    "Test accuracy in %, {over}; a seed draws the split and which classes are head and tail. many / medium / few:"
+    " thirds of the classes by labelled images. Time: training, per run."
 )
 
 
@@ -41,8 +41,10 @@ def run_demo(
     """
     console = console or Console()
     data, schedule = data or Data(), schedule or Schedule()
+    drawn = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     console.print(
-        f"Data: {data.dataset}, encoded at {data.size} px (first time only, about 3 minutes on one core)"
+        f"Data: {data.dataset} at {data.size} px, encoded the first time (about 3 minutes on one core),"
+        " then read from the cache"
     )
     splits, outcomes = [], {name: [] for name in methods}
     for seed in seeds:
@@ -51,9 +53,7 @@ def run_demo(
         if seed == seeds[0]:
             title = f"Split of seed {seed} ({data.protocol}, {data.unlabelled})"
             console.print(report.split_report(split_rows(features), title))
-            console.print(
-                f"Training: {len(methods)} methods x {len(seeds)} seeds, {schedule.steps} steps each"
-            )
+            console.print(f"Training: {', '.join(methods)}; {schedule.steps} steps each, {drawn}")
         for name, method in methods.items():
             outcome = run(features, method, replace(schedule, seed=seed), progress=progress)
             outcomes[name].append(outcome)
@@ -61,7 +61,7 @@ def run_demo(
             console.print(f"  seed {seed}  {name:<17} {overall} %  {outcome.training.seconds:.1f} s")
 
     summary = {name: summarise(runs) for name, runs in outcomes.items()}
-    caption = CAPTION.format(seeds=", ".join(map(str, seeds)))
+    caption = CAPTION.format(over=f"mean ± standard deviation over {drawn}" if len(seeds) > 1 else drawn)
     console.print(report.accuracy_table(summary, f"Results on {data.dataset}", caption))
     record = {
         **surroundings(),
@@ -80,8 +80,8 @@ def run_demo(
         "predictions_seed": seeds[0],
         "methods": summary,
     }
-    write_reports(Path(out), record, splits, outcomes)
-    console.print(f"Wrote metrics.json, predictions.csv (seed {seeds[0]}) and 4 pictures to {out}")
+    pictures = write_reports(Path(out), record, splits, outcomes)
+    console.print(f"Wrote metrics.json, predictions.csv (seed {seeds[0]}), {', '.join(pictures)} to {out}")
     return record
 
 
@@ -118,8 +118,11 @@ def write_reports(
     record: dict[str, Any],
     splits: Sequence[FeatureData],
     outcomes: Mapping[str, Sequence[Outcome]],
-) -> None:
-    """metrics.json, predictions.csv of the first seed, and pictures: means over seeds, classes by rank."""
+) -> list[str]:
+    """metrics.json, predictions.csv of the first seed, and pictures: means over seeds, classes by rank.
+
+    Returns the names of the pictures.
+    """
     first = splits[0]
     orders = [np.asarray(features.split.class_order) for features in splits]
     names = [str(rank) for rank in range(1, len(orders[0]) + 1)]
@@ -139,7 +142,7 @@ def write_reports(
     )
     curves = {name: mean_curve(runs) for name, runs in outcomes.items()}
     curves = {name: points for name, points in curves.items() if points}
-    report.save_pictures(
+    return report.save_pictures(
         out,
         names,
         labelled=by_rank([data.labelled_counts for data in splits]),

@@ -61,11 +61,6 @@ def run(
         checkpoint_every=checkpoint_every,
         progress=progress,
     )
-    return outcome(head, training, data)
-
-
-def outcome(head: DualHead, training: TrainResult, data: FeatureData) -> Outcome:
-    """Evaluate a trained head on the test set of `data`."""
     metrics = evaluate(head, data.test, data.test_labels, data.labelled_counts)
     return Outcome(head, training, metrics, predict(head, data.test))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ulfine_fast.head_loss import head_loss
-from ulfine_fast.ops import PseudoLabels, dual_cross_entropy, orthogonality, pseudo_label
+from ulfine_fast.ops import PseudoLabels, _checks, dual_cross_entropy, orthogonality, pseudo_label
 from ulfine_fast.ops._rows import unit_rows
 from ulfine_fast.state import PrototypeState
 
@@ -24,6 +24,8 @@ class DualHead(nn.Module):
         linear_scale, proto_scale: inverse temperatures of the branches, above 0.
         normalize_linear: True for a cosine probe, False for a plain linear one.
         loss_on: "branches" or "fused", see `dual_cross_entropy`.
+
+    Raises TypeError or ValueError for an argument that is not as said.
     """
 
     def __init__(
@@ -39,6 +41,14 @@ class DualHead(nn.Module):
     ) -> None:
         super().__init__()
         self.state = PrototypeState(text)
+        if linear is not None:
+            _checks.matrix("DualHead", "linear", linear, *text.shape)
+            _checks.same_device("DualHead", text, linear=linear)
+        _checks.between("DualHead", "eta", eta, 0.0, 1.0)
+        _checks.positive("DualHead", "linear_scale", linear_scale)
+        _checks.positive("DualHead", "proto_scale", proto_scale)
+        if loss_on not in ("branches", "fused"):
+            raise ValueError(f"DualHead: loss_on must be branches or fused, got {loss_on!r}")
         start = self.state.text if linear is None else linear.detach().to(torch.float32)
         self.linear = nn.Parameter(start.clone())
         self.eta = eta
@@ -144,5 +154,7 @@ class DualHead(nn.Module):
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Fused logits [B, C] float32 of features [B, D], for prediction."""
+        _checks.matrix("DualHead", "features", features, columns=self.linear.shape[1])
+        _checks.same_device("DualHead", self.linear, features=features)
         with torch.autocast(features.device.type, enabled=False):
             return unit_rows(features, torch.float32) @ self.folded().T

@@ -48,8 +48,9 @@ def head_loss_reference(
     linear: Tensor,
     prototypes: Tensor,
     threshold: Tensor,
-    adjustment: Tensor,
     align: Tensor,
+    adjustment: Tensor | None,
+    strong_adjustment: Tensor | None,
     eta: float,
     linear_scale: float,
     proto_scale: float,
@@ -60,14 +61,16 @@ def head_loss_reference(
     unlabelled_weight: float,
     orthogonality_weight: float,
 ) -> tuple[Tensor, PseudoLabels]:
-    """The definition; see `head_loss`. `adjustment` is [2, C]: of labelled rows, of strong rows."""
+    """The definition; see `head_loss`."""
     scales = eta, linear_scale, proto_scale
     pseudo = pseudo_label_reference(
         weak, linear, prototypes, threshold, align, *scales, temperature, normalize_linear, scale_rows
     )
     rows = _step_rows(targets, pseudo, len(features) - len(targets), unlabelled_weight)
+    none = linear.new_zeros(linear.shape[0], dtype=working_dtype(features, weak, linear, prototypes))
+    shifts = torch.stack([none if s is None else s.to(none.dtype) for s in (adjustment, strong_adjustment)])
     loss = dual_cross_entropy_reference(
-        features, rows[0], linear, prototypes.detach(), rows[1], adjustment, rows[2], align, *scales, fused,
+        features, rows[0], linear, prototypes.detach(), rows[1], shifts, rows[2], align, *scales, fused,
         normalize_linear,
     )  # fmt: skip
     if orthogonality_weight:
@@ -78,7 +81,7 @@ def head_loss_reference(
 torch.library.define(
     "ulfine::_head_loss",
     "(Tensor features, Tensor weak, Tensor targets, Tensor linear, Tensor prototypes, Tensor threshold, "
-    "Tensor adjustment, Tensor align, float eta, float linear_scale, float proto_scale, float temperature, "
+    "Tensor align, Tensor? adjustment, Tensor? strong_adjustment, float eta, float linear_scale, float proto_scale, float temperature, "
     "bool normalize_linear, SymInt scale_rows, bool fused, float unlabelled_weight, "
     "float orthogonality_weight, bool need_features, bool need_linear, bool need_prototypes) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -102,37 +105,15 @@ def _(features, weak, targets, linear, prototypes, *options):
 
 
 @torch.library.impl("ulfine::_head_loss", "cpu")
-def _(
-    features, weak, targets, linear, prototypes, threshold, adjustment, align, eta, linear_scale, proto_scale,
-    temperature, normalize_linear, scale_rows, fused, unlabelled_weight, orthogonality_weight, need_features,
-    need_linear, need_prototypes,
-):  # fmt: skip
-    scales = eta, linear_scale, proto_scale
-    pseudo = PseudoLabels(
-        *_native.pseudo_label(
-            weak, linear, prototypes, threshold, align, *scales, temperature, normalize_linear, scale_rows
-        )
-    )
-    rows = _step_rows(targets, pseudo, len(features) - len(targets), unlabelled_weight)
-    loss, d_features, d_linear = _native.dual_cross_entropy(
-        features, rows[0], linear, prototypes, rows[1], adjustment, rows[2], align, *scales, fused,
-        normalize_linear, need_features, need_linear,
-    )  # fmt: skip
-    d_prototypes = prototypes.new_empty(0, dtype=torch.float32)
-    if orthogonality_weight:
-        value, gradient = _native.orthogonality(prototypes, orthogonality_weight)
-        loss.add_(value, alpha=orthogonality_weight)
-        d_prototypes = gradient if need_prototypes else d_prototypes
-    elif need_prototypes:
-        d_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
-    return loss, d_features, d_linear, d_prototypes, *pseudo
+def _(*arguments):
+    return _native.head_loss(*arguments)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, linear, prototypes, weak, targets, *rest):
-        tensors = features, weak, targets, linear, prototypes, *rest[:3]
-        ctx.options = *rest[3:], *ctx.needs_input_grad[:3]
+        tensors = features, weak, targets, linear, prototypes, *rest[:4]
+        ctx.options = *rest[4:], *ctx.needs_input_grad[:3]
         ctx.dtypes = features.dtype, linear.dtype, prototypes.dtype
         out = torch.ops.ulfine._head_loss.default(*tensors, *ctx.options)
         keep(ctx, out[1:4], tensors)
@@ -222,17 +203,13 @@ def head_loss(
     else:
         _checks.between(op, "threshold", threshold, 0.0, 1.0)
         threshold = torch.full((1,), threshold, dtype=dtype, device=features.device)
-    shifts = torch.zeros(2, classes, dtype=dtype, device=features.device)
-    for row, (name, shift) in enumerate(
-        (("adjustment", adjustment), ("strong_adjustment", strong_adjustment))
-    ):
+    for name, shift in (("adjustment", adjustment), ("strong_adjustment", strong_adjustment)):
         if shift is not None:
             _checks.vector(op, name, shift, classes, _checks.FLOATS)
-            shifts[row] = shift.detach()
     align = scalar(op, "align", align, features, dtype).detach()
     _checks.same_device(
         op, features, weak=weak, targets=targets, linear=linear, prototypes=prototypes, threshold=threshold,
-        align=align,
+        align=align, adjustment=adjustment, strong_adjustment=strong_adjustment,
     )  # fmt: skip
     _checks.between(op, "eta", eta, 0.0, 1.0)
     _checks.positive(op, "linear_scale", linear_scale)
@@ -246,8 +223,9 @@ def head_loss(
         raise ValueError(f"{op}: scale_rows must be None or at least 0, got {scale_rows}")
     if loss_on not in LOSS_ON:
         raise ValueError(f"{op}: loss_on must be {' or '.join(LOSS_ON)}, got {loss_on!r}")
+    shifts = (None if shift is None else shift.detach() for shift in (adjustment, strong_adjustment))
     options = (
-        threshold, shifts, align, float(eta), float(linear_scale), float(proto_scale), float(temperature),
+        threshold, align, *shifts, float(eta), float(linear_scale), float(proto_scale), float(temperature),
         normalize_linear, unlabelled if scale_rows is None else min(scale_rows, unlabelled),
         loss_on == "fused", float(unlabelled_weight), float(orthogonality_weight),
     )  # fmt: skip

@@ -37,13 +37,12 @@ def classification_metrics(
         20..100, < 20). calibration_error: expected calibration error in 15 equal bins of the confidence.
 
     Raises:
-        ValueError: no rows, or lengths that differ.
+        ValueError: no rows, lengths that differ, a class or a confidence outside its range.
     """
     if not label.shape == confidence.shape == truth.shape or label.ndim != 1 or not len(label):
         shapes = ", ".join(str(list(t.shape)) for t in (label, confidence, truth))
         raise ValueError(f"classification_metrics: expected three vectors [N], N >= 1, got {shapes}")
     from torchmetrics.functional.classification import (
-        binary_calibration_error,
         multiclass_accuracy,
         multiclass_confusion_matrix,
         multiclass_f1_score,
@@ -51,6 +50,12 @@ def classification_metrics(
 
     label, confidence, truth = label.cpu(), confidence.cpu(), truth.cpu()
     classes = len(labelled_counts)
+    ranges = {"label": (label, classes - 1), "truth": (truth, classes - 1), "confidence": (confidence, 1)}
+    for name, (values, high) in ranges.items():
+        # negated, so that NaN is outside
+        wrong = values[~((values >= 0) & (values <= high))]
+        if len(wrong):
+            raise ValueError(f"classification_metrics: {name} must be in 0..{high}, got {wrong[0].item()}")
     options = {"num_classes": classes, "validate_args": False}
     confusion = multiclass_confusion_matrix(label, truth, **options).double()
     per_class = (confusion.diagonal() / confusion.sum(1)).numpy()  # NaN without test images
@@ -63,15 +68,17 @@ def classification_metrics(
         "worst": float(known.min()),
         "harmonic_mean": float(len(floored) / (1.0 / floored).sum()),
         "geometric_mean": float(np.exp(np.log(floored).mean())),
-        "calibration_error": float(
-            binary_calibration_error(
-                confidence.float(), (label == truth).long(), n_bins=CALIBRATION_BINS, validate_args=False
-            )
-        ),
+        "calibration_error": _calibration_error(confidence.double().numpy(), (label == truth).numpy()),
         "by_rank": group_means(per_class, groups_by_rank(labelled_counts)),
         "by_count": group_means(per_class, groups_by_count(labelled_counts)),
         "per_class": [_value(x) for x in per_class],
     }
+
+
+def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """sum_b n_b / N |accuracy_b - confidence_b|; torchmetrics gives confidence 1 a bin of its own."""
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    return float(np.abs(np.bincount(bins, weights=correct - confidence)).sum() / len(bins))
 
 
 def group_means(per_class: np.ndarray, groups: np.ndarray) -> dict[str, float | None]:

@@ -18,6 +18,7 @@ from ulfine_fast.config import METHODS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from rich.console import Group
     from rich.table import Table
 
     from ulfine_fast.splits import ClassRow
@@ -27,6 +28,7 @@ PALETTE = ("#7f7f7f", "#56b4e9", "#0072b2", "#e69f00", "#cc79a7", "#009e73", "#d
 MARKERS = ("x", "v", "^", "s", "D", "P", "o")
 BRANCH_INDEX = {"fused": 6, "linear": 2, "text": 5}
 LABELLED, UNLABELLED = "#0072b2", "#e69f00"
+PICTURES = ("class_counts.png", "per_class_accuracy.png", "pseudo_labels.png", "class_distribution.png")
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -103,7 +105,7 @@ def save_pseudo_labels(path: Path, curves: Mapping[str, Sequence[Mapping[str, An
     """
     panels = {
         "precision": "precision, all classes (%)",
-        "precision_few": "precision, few classes (%)",
+        "precision_few": "precision, few classes (%; a gap: none kept)",
         "acceptance": "acceptance (%)",
     }
     with _figure(path, (11, 4)) as figure:
@@ -165,21 +167,17 @@ def save_pictures(
     latter `truth` without copies of labelled ones, `accuracy` and `estimates` of P_u by name. curves: see
     `save_pseudo_labels`. note: what the titles end with.
     """
-    save_class_counts(out / "class_counts.png", class_names, labelled, unlabelled, note)
-    save_per_class_accuracy(out / "per_class_accuracy.png", class_names, accuracy, note)
-    optional = {
-        "pseudo_labels.png": lambda path: save_pseudo_labels(path, curves, note),
-        "class_distribution.png": lambda path: save_class_distribution(
-            path, class_names, truth, labelled, estimates, note
-        ),
-    }
-    for name, save in optional.items():
-        if curves:
-            save(out / name)
-        else:
-            # an earlier run in the same folder may have left one
-            (out / name).unlink(missing_ok=True)
-    return ["class_counts.png", "per_class_accuracy.png", *(optional if curves else ())]
+    paths = [out / name for name in PICTURES]
+    save_class_counts(paths[0], class_names, labelled, unlabelled, note)
+    save_per_class_accuracy(paths[1], class_names, accuracy, note)
+    if curves:
+        save_pseudo_labels(paths[2], curves, note)
+        save_class_distribution(paths[3], class_names, truth, labelled, estimates, note)
+        return list(PICTURES)
+    for path in paths[2:]:
+        # an earlier run in the same folder may have left one
+        path.unlink(missing_ok=True)
+    return list(PICTURES[:2])
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -225,11 +223,12 @@ def split_report(rows: Sequence[ClassRow], title: str) -> Table:
     return table
 
 
-def accuracy_table(rows: Mapping[str, Mapping[str, Any]], title: str, caption: str) -> Table:
+def accuracy_table(rows: Mapping[str, Mapping[str, Any]], title: str, caption: str) -> Group:
     """Table of accuracies in %: for each name overall, many, medium, few as {"mean", "std"}, and seconds."""
+    from rich.console import Group
     from rich.table import Table
 
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("method")
     columns = ("overall", "many", "medium", "few")
     for column in columns:
@@ -239,17 +238,20 @@ def accuracy_table(rows: Mapping[str, Mapping[str, Any]], title: str, caption: s
         cells = [percent(row[column]["mean"], row[column]["std"]) for column in columns]
         seconds = row["seconds"]["mean"]
         table.add_row(name, *cells, f"{seconds:.1f}")
-    return table
+    # a caption of the table itself would be as narrow as the table
+    return Group(table, caption)
 
 
-def branch_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+def branch_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Group:
     """Table of one run: `classification_metrics` of the fused head, the linear and the text branch."""
+    from rich.console import Group
     from rich.table import Table
 
     caption = (
-        "Test accuracy in %; many / medium / few: thirds of the classes by labelled images. ECE: 15 bins."
+        "Test accuracy in %. many / medium / few: thirds of the classes by labelled images. ECE: expected"
+        " calibration error in %, 15 bins."
     )
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("branch")
     for column in ("overall", "many", "medium", "few", "worst class", "harmonic mean", "ECE"):
         table.add_column(column, justify="right")
@@ -257,7 +259,7 @@ def branch_table(metrics: Mapping[str, Mapping[str, Any]], title: str) -> Table:
         groups = [row["by_rank"][group] for group in ("many", "medium", "few")]
         values = [row["overall"], *groups, row["worst"], row["harmonic_mean"], row["calibration_error"]]
         table.add_row(name, *map(percent, values))
-    return table
+    return Group(table, caption)
 
 
 @contextmanager

@@ -49,12 +49,12 @@ class ClassRow(NamedTuple):
 def class_counts(largest: int, imbalance: float, classes: int) -> np.ndarray:
     """Images of the class at each rank: n_k = floor(largest * imbalance ** (-k / (classes - 1))).
 
-    largest >= 0: n_0. imbalance >= 1: n_0 / n_{C-1}; 1 gives equal counts. classes >= 1 (a single class gets
+    largest >= 0, whole: n_0. imbalance >= 1: n_0 / n_{C-1}; 1 gives equal counts. classes >= 1 (a single class gets
     `largest`). Returns int64 [classes], non-increasing; a class may get 0 when imbalance > largest.
     Raises ValueError outside these ranges.
     """
-    if largest < 0:
-        raise ValueError(f"class_counts: largest must be >= 0, got {largest}")
+    if largest != int(largest) or largest < 0:
+        raise ValueError(f"class_counts: largest must be a whole number >= 0, got {largest}")
     if not imbalance >= 1 or not np.isfinite(imbalance):
         raise ValueError(f"class_counts: imbalance must be finite and >= 1, got {imbalance}")
     if classes < 1:
@@ -100,7 +100,7 @@ def make_split(
     CIFAR-100).
 
     Raises ValueError for labels that are not one-dimensional non-negative integers with every class present,
-    an unknown option, a validation set outside "daso", or a class with too few images.
+    an unknown option, a seed outside 0..2**32 - 1, a validation set outside "daso", or a class with too few images.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
@@ -110,6 +110,8 @@ def make_split(
         )
     if labels.min() < 0:
         raise ValueError(f"make_split: labels must be >= 0, got {labels.min()}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"make_split: seed must be in 0..2**32 - 1, got {seed}")
     _check_option("protocol", protocol, get_args(Protocol))
     _check_option("unlabelled", unlabelled, get_args(Unlabelled))
     _check_option("class_order", class_order, get_args(ClassOrder))

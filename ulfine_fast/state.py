@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ulfine_fast.ops import _checks
 from ulfine_fast.ops.proto_fit import proto_fit_
 from ulfine_fast.ops.pseudo_label import PseudoLabels
 
@@ -17,7 +18,8 @@ RATIO_BOUNDS = (0.01, 100.0)
 class PrototypeState(nn.Module):
     """Textual and visual prototypes, the running class distributions and the running branch scales.
 
-    Built from text features [C, D]. All of it is in `state_dict()`, so that a resumed run continues exactly.
+    Built from floating text features [C, D], C >= 1. All of it is in `state_dict()`, so that a resumed run
+    continues exactly.
 
     Attributes:
         textual: [C, D] parameter, unit rows; learns from `orthogonality` alone, fitted by `update`.
@@ -32,6 +34,9 @@ class PrototypeState(nn.Module):
 
     def __init__(self, text: Tensor) -> None:
         super().__init__()
+        _checks.matrix("PrototypeState", "text", text)
+        if not len(text):
+            raise ValueError(f"PrototypeState: text must have at least one class, got {list(text.shape)}")
         text = F.normalize(text.detach().to(torch.float32), dim=-1)
         classes = text.shape[0]
         self.textual = nn.Parameter(text.clone())

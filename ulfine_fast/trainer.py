@@ -86,10 +86,8 @@ def train_step(
     """
     state = head.state
     scales_before = state.branch_scale.clone(), state.measured.clone()
-    if first and len(batch.weak):
-        # The first ratio of scales comes from the first batch, before anything is fused with it.
-        scales = head.pseudo_label(batch.weak, method.threshold, scale_rows=method.scale_rows).branch_scale
-        state.measure(scales, method.scale_decay)
+    if first:
+        _measure(head, batch.weak, method)
     loss, pseudo = head.step_loss(
         torch.cat([batch.labelled, batch.strong]),
         batch.weak,
@@ -118,6 +116,13 @@ def train_step(
         if len(batch.weak):
             _update_state(state, batch, pseudo, method, finite, scales_before)
     return StepReport(loss.detach(), pseudo.keep.sum() / max(len(batch.weak), 1), finite)
+
+
+def _measure(head: DualHead, weak: Tensor, method: Method) -> None:
+    """Take the first ratio of scales from the first batch, before anything is fused with it."""
+    if len(weak):
+        scales = head.pseudo_label(weak, method.threshold, scale_rows=method.scale_rows).branch_scale
+        head.state.measure(scales, method.scale_decay)
 
 
 def _strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor) -> Tensor | None:
@@ -277,10 +282,13 @@ class Batches:
 
 
 class Quality:
-    """Quality of the pseudo-labels of each branch and of P_u against the truth: for reports, never to train."""
+    """Quality of the pseudo-labels of each branch and of P_u against the truth: for reports, never to train.
+
+    Copies of labelled images are left out: their labels were trained on.
+    """
 
     def __init__(self, data: FeatureData, seed: int, device: torch.device) -> None:
-        rows = data.weak.shape[1]
+        rows = np.flatnonzero(~np.asarray(data.unlabelled_is_labelled))
         chosen = np.random.default_rng((seed, 2)).permutation(rows)[:REPORT_ROWS]
         self.weak = data.weak[0][chosen].to(device)
         self.truth = torch.as_tensor(data.unlabelled_truth)[chosen].to(device)
@@ -334,7 +342,7 @@ def train(
     Args:
         run_dir: where checkpoints go; None writes none.
         resume: continue from the checkpoint in `run_dir` if there is one. The result is bit by bit that of a
-            run without interruption on the same machine with the same number of threads.
+            run without interruption on the same machine with the same number of threads and back end.
         checkpoint_every: steps between two checkpoints; one more is written at the end.
         progress: show a progress bar on a terminal.
 
@@ -345,7 +353,7 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another method, schedule or data. RuntimeError: 20
-        steps in a row were not finite.
+        steps in a row were not finite; the run stops at its next log step or multiple of 20.
     """
     device = head.linear.device
     optimizer = build_optimizer(head, method, schedule)
@@ -368,7 +376,7 @@ def train(
                 group["lr"] = learning_rate(schedule, step)
             batch = batches(step)
             log = (step + 1) % schedule.log_every == 0 or step + 1 == steps
-            terms = _terms(head, batch, method, log_prior) if log else None
+            terms = _terms(head, batch, method, log_prior, first=step == 0) if log else None
             report = train_step(head, optimizer, batch, method, log_prior, first=step == 0)
             row = torch.where(report.finite, 0, skips[0] + 1)
             skips = torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~report.finite])
@@ -378,6 +386,7 @@ def train(
                     record |= quality(head, method)
                 result.history.append(record)
                 bar.set_postfix(loss=record["loss_labelled"], refresh=False)
+            if log or (step + 1) % MOST_SKIPS == 0:
                 _check_skips(skips, step)
             bar.update()
             result.steps = step + 1
@@ -406,8 +415,13 @@ def _bar(start: int, steps: int, progress: bool) -> Any:
 
 
 @torch.no_grad()
-def _terms(head: DualHead, batch: Batch, method: Method, log_prior: Tensor) -> tuple[Tensor, Tensor]:
+def _terms(
+    head: DualHead, batch: Batch, method: Method, log_prior: Tensor, *, first: bool
+) -> tuple[Tensor, Tensor]:
     """Labelled cross-entropy and orthogonality of the batch before its step."""
+    if first:
+        head = copy.deepcopy(head)
+        _measure(head, batch.weak, method)
     adjustment = method.adjust_labelled * log_prior
     return head.loss(batch.labelled, batch.targets, adjustment=adjustment), head.orthogonality()
 

@@ -65,6 +65,8 @@ def augment(
         indices = np.arange(len(images))
     elif len(indices) != len(images):
         raise ValueError(f"augment: expected {len(images)} indices, got {len(indices)}")
+    elif len(indices) and np.min(indices) < 0:
+        raise ValueError(f"augment: indices must be >= 0, got {np.min(indices)}")
     if view == "plain":
         return images.copy()
 

@@ -8,11 +8,18 @@
 
 namespace ulfine::ULFINE_ISA {
 
-// Rows per task: whole tiles for every width, and few enough for a block of logits to stay in the
-// second-level cache.
-constexpr int64_t kBlock = 48;
+// Most rows of a task: a bank that does not fit the second-level cache is read once for each.
+constexpr int64_t kLargestBlock = 192;
 // Rows between two updates of a bank's gradient.
-constexpr int64_t kChunk = 5 * kBlock;
+constexpr int64_t kChunk = 2 * kLargestBlock;
+
+// Rows per task, whole tiles and at most kLargestBlock, so that the threads get equal shares. No result
+// depends on it: a row is computed alone, and sums over rows keep their order.
+static inline int64_t block_rows(int64_t rows, int threads) {
+  const int64_t tasks = round_up(max(ceil_div(rows, kLargestBlock), 1), threads);
+  return max(round_up(ceil_div(rows, tasks), kRows), kRows);
+}
+
 // Padded rows of staging memory per thread that pack_bank() needs: a panel and one to blend from.
 constexpr int64_t kStagingRows = kPanel + 1;
 
@@ -42,9 +49,10 @@ static void pack_bank(int64_t c, int64_t d, int threads, float* staging, float* 
 static inline void bank_gradient(int64_t m, int64_t c, int64_t d, const float* z, int64_t ldz,
                                  const float* x_packed, float* to, bool accumulate, int threads) {
   const int64_t ld = padded(d);
-  parallel(ceil_div(c, kBlock), threads, [&](int64_t task, int) {
-    const int64_t k = task * kBlock;
-    multiply_transposed(min(kBlock, c - k), d, m, z + k, ldz, x_packed, to + k * ld, ld, accumulate);
+  const int64_t block = block_rows(c, threads);
+  parallel(ceil_div(c, block), threads, [&](int64_t task, int) {
+    const int64_t k = task * block;
+    multiply(min(block, c - k), d, m, {z + k, 1, ldz}, x_packed, to + k * ld, ld, accumulate);
   });
 }
 

@@ -2,35 +2,34 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels.h"
+#define ULFINE_ISA baseline
+#include "ops.h"
+#undef ULFINE_ISA
+#ifdef ULFINE_X86
+#define ULFINE_ISA avx2
+#include "ops.h"
+#undef ULFINE_ISA
+#define ULFINE_ISA avx512
+#include "ops.h"
+#undef ULFINE_ISA
+#endif
 
-#define ULFINE_DECLARE(isa)                                                                           \
-  namespace isa {                                                                                     \
-  void proto_logits(const ProtoLogits&);                                                              \
-  int64_t proto_logits_scratch(int64_t, int64_t, int64_t, int);                                       \
-  void proto_logits_backward(const ProtoLogitsBackward&);                                             \
-  int64_t proto_logits_backward_scratch(int64_t, int64_t, int64_t, int);                              \
-  void pseudo_label(const PseudoLabel&);                                                              \
-  int64_t pseudo_label_scratch(int64_t, int64_t, int64_t, int64_t, int);                              \
-  void dual_cross_entropy(const DualCrossEntropy&);                                                   \
-  int64_t dual_cross_entropy_scratch(int64_t, int64_t, int64_t, int64_t, bool, bool, bool, int);      \
-  void proto_fit(const ProtoFit&);                                                                    \
-  int64_t proto_fit_scratch(int64_t, int64_t, int64_t, int);                                          \
-  void orthogonality(const Orthogonality&);                                                           \
-  int64_t orthogonality_scratch(int64_t, int64_t, int);                                               \
-  static const Selected kSelected = {                                                                 \
-      #isa,                                                                                           \
-      {proto_logits, proto_logits_scratch, proto_logits_backward, proto_logits_backward_scratch,      \
-       pseudo_label, pseudo_label_scratch, dual_cross_entropy, dual_cross_entropy_scratch, proto_fit, \
-       proto_fit_scratch, orthogonality, orthogonality_scratch}};                                     \
+#define ULFINE_KERNELS(isa)                                                                                 \
+  {                                                                                                         \
+    #isa, {                                                                                                 \
+      isa::proto_logits, isa::proto_logits_scratch, isa::proto_logits_backward,                             \
+          isa::proto_logits_backward_scratch, isa::pseudo_label, isa::pseudo_label_scratch,                 \
+          isa::dual_cross_entropy, isa::dual_cross_entropy_scratch, isa::proto_fit, isa::proto_fit_scratch, \
+          isa::orthogonality, isa::orthogonality_scratch, isa::head_loss, isa::head_loss_scratch            \
+    }                                                                                                       \
   }
 
 namespace ulfine {
 
-ULFINE_DECLARE(baseline)
+static const Selected kBaseline = ULFINE_KERNELS(baseline);
 #ifdef ULFINE_X86
-ULFINE_DECLARE(avx2)
-ULFINE_DECLARE(avx512)
+static const Selected kAvx2 = ULFINE_KERNELS(avx2);
+static const Selected kAvx512 = ULFINE_KERNELS(avx512);
 #endif
 
 static const Selected& choose() {
@@ -42,10 +41,10 @@ static const Selected& choose() {
   const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (!no_avx512 && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return avx512::kSelected;
-  if (!no_avx2 && fma) return avx2::kSelected;
+    return kAvx512;
+  if (!no_avx2 && fma) return kAvx2;
 #endif
-  return baseline::kSelected;
+  return kBaseline;
 }
 
 const Selected& selected() {

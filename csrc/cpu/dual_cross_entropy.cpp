@@ -4,18 +4,15 @@
 // keeps two. Rows without weight or target are dropped before anything is computed for them. Logits exist for
 // a chunk of rows at a time, where the gradient overwrites them.
 #include "bank.h"
+#include "ops.h"
 
 namespace ulfine::ULFINE_ISA {
 
 namespace {
 
-struct Bank {
-  float *transposed, *packed;
-};
-
 struct Memory {
   int64_t chunk;  // rows whose logits exist at a time
-  Bank bank[2];
+  PackedBank bank[2];
   int64_t* row;
   float *staging, *shift, *loss, *x, *x_packed, *z, *d_x, *d_bank;
 };
@@ -24,7 +21,8 @@ Memory layout(Scratch& scratch, int64_t b, int64_t c, int64_t d, int64_t groups,
               bool need_features, bool need_linear, int threads) {
   const int64_t ldx = padded(d), ldz = padded(c);
   Memory m{};
-  m.chunk = min(kChunk, round_up(b, kBlock));
+  m.chunk = min(kChunk, round_up(b, kRows));
+  const int64_t block = min(m.chunk, kLargestBlock);
   for (int i = 0; i < (fused ? 1 : 2); ++i) {
     m.bank[i].transposed = scratch.take(packed_size(d, c));
     if (need_features) m.bank[i].packed = scratch.take(packed_size(c, d));
@@ -33,9 +31,9 @@ Memory layout(Scratch& scratch, int64_t b, int64_t c, int64_t d, int64_t groups,
   m.staging = scratch.take(threads * kStagingRows * ldx);
   m.shift = scratch.take((groups + 1) * ldz);
   m.loss = scratch.take(b);
-  m.x = scratch.take(threads * kBlock * ldx);
+  m.x = scratch.take(threads * block * ldx);
   m.z = scratch.take((fused ? 1 : 2) * m.chunk * ldz);
-  if (need_features) m.d_x = scratch.take(threads * kBlock * ldx);
+  if (need_features) m.d_x = scratch.take(threads * block * ldx);
   if (need_linear) {
     m.x_packed = scratch.take(packed_size(m.chunk, d));
     m.d_bank = scratch.take(c * ldx);
@@ -62,7 +60,7 @@ int64_t dual_cross_entropy_scratch(int64_t b, int64_t c, int64_t d, int64_t grou
 void dual_cross_entropy(const DualCrossEntropy& a) {
   const bool need_features = a.d_features != nullptr, need_linear = a.d_linear != nullptr;
   Scratch scratch(a.scratch);
-  const Memory m = layout(scratch, a.b, a.c, a.d, a.groups, a.fused, need_features, need_linear, a.threads);
+  Memory m = layout(scratch, a.b, a.c, a.d, a.groups, a.fused, need_features, need_linear, a.threads);
   const int64_t ldx = padded(a.d), ldz = padded(a.c);
   const int banks = a.fused ? 1 : 2;
 
@@ -83,14 +81,17 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
 
   const float on_linear = a.fused ? a.eta * a.linear_scale : a.linear_scale;
   const float on_proto = a.fused ? (1.0f - a.eta) * a.align * a.proto_scale : a.proto_scale;
-  pack_bank(a.c, a.d, a.threads, m.staging, m.bank[0].transposed, m.bank[0].packed, nullptr,
-            [&](int64_t k, float* to, float* text) {
-              linear_row(a, k, to);
-              scale_row(to, on_linear, ldx);
-              if (!a.fused) return;
-              unit_row(a.prototypes + k * a.d, a.d, text);
-              add_scaled(to, text, on_proto, ldx);
-            });
+  if (a.bank != nullptr)
+    m.bank[0] = {a.bank->transposed, a.bank->packed};
+  else
+    pack_bank(a.c, a.d, a.threads, m.staging, m.bank[0].transposed, m.bank[0].packed, nullptr,
+              [&](int64_t k, float* to, float* text) {
+                linear_row(a, k, to);
+                scale_row(to, on_linear, ldx);
+                if (!a.fused) return;
+                unit_row(a.prototypes + k * a.d, a.d, text);
+                add_scaled(to, text, on_proto, ldx);
+              });
   if (!a.fused)
     pack_bank(a.c, a.d, a.threads, m.staging, m.bank[1].transposed, m.bank[1].packed, nullptr,
               [&](int64_t k, float* to, float*) {
@@ -101,11 +102,12 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
   if (need_linear && used == 0) memset(m.d_bank, 0, a.c * ldx * sizeof(float));
   for (int64_t chunk = 0; chunk < used; chunk += m.chunk) {
     const int64_t chunk_rows = min(m.chunk, used - chunk);
-    parallel(ceil_div(chunk_rows, kBlock), a.threads, [&](int64_t task, int worker) {
-      const int64_t first = task * kBlock, rows = min(kBlock, chunk_rows - first);
+    const int64_t block = block_rows(chunk_rows, a.threads), largest = min(m.chunk, kLargestBlock);
+    parallel(ceil_div(chunk_rows, block), a.threads, [&](int64_t task, int worker) {
+      const int64_t first = task * block, rows = min(block, chunk_rows - first);
       const int64_t* row = m.row + chunk + first;
-      float *x = m.x + worker * kBlock * ldx, *loss = m.loss + chunk + first;
-      float inverse[kBlock];
+      float *x = m.x + worker * largest * ldx, *loss = m.loss + chunk + first;
+      float inverse[kLargestBlock];
       for (int64_t i = 0; i < rows; ++i) {
         inverse[i] = unit_row(a.features + row[i] * a.d, a.d, x + i * ldx);
         if (need_linear) pack_row(x + i * ldx, a.d, chunk_rows, first + i, m.x_packed);
@@ -121,7 +123,7 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
         }
       }
       if (!need_features) return;
-      float* d_x = m.d_x + worker * kBlock * ldx;
+      float* d_x = m.d_x + worker * largest * ldx;
       for (int bank = 0; bank < banks; ++bank)
         multiply(rows, a.d, a.c, {m.z + (bank * m.chunk + first) * ldz, ldz, 1}, m.bank[bank].packed, d_x,
                  ldx, bank > 0);

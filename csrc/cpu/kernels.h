@@ -27,6 +27,11 @@ struct ProtoLogitsBackward {
   int threads;
 };
 
+// A packed bank. pseudo_label() can leave the fold of both branches to dual_cross_entropy() on fused logits.
+struct PackedBank {
+  float *transposed, *packed;  // see pack_bank()
+};
+
 struct PseudoLabel {
   const float *features, *linear, *prototypes;  // [B, D], [C, D], [C, D]
   const float* threshold;                       // [1] or [C]
@@ -42,6 +47,7 @@ struct PseudoLabel {
   bool normalize_linear;
   int64_t scale_rows;  // <= B
   int threads;
+  const PackedBank* bank;  // where to leave the packed fold, or null
 };
 
 struct DualCrossEntropy {
@@ -59,6 +65,18 @@ struct DualCrossEntropy {
   float eta, align, linear_scale, proto_scale;
   bool fused, normalize_linear;
   int threads;
+  const PackedBank* bank;  // the packed fold if it is there already, or null
+};
+
+// Labelled rows, then `views` strong views of the weak rows, with the pseudo-labels of the weak rows.
+struct HeadLoss {
+  PseudoLabel weak;
+  DualCrossEntropy rows;  // targets of the labelled rows only; null weights, group and adjustment
+  int64_t labelled;
+  const float *adjustment, *strong_adjustment;  // [C] of labelled and of strong rows; either may be null
+  float unlabelled_weight;
+  float* d_prototypes;  // [C, D] or null
+  float orthogonality_weight;
 };
 
 struct ProtoFit {
@@ -98,6 +116,8 @@ struct Kernels {
   int64_t (*proto_fit_scratch)(int64_t b, int64_t c, int64_t d, int threads);
   void (*orthogonality)(const Orthogonality&);
   int64_t (*orthogonality_scratch)(int64_t c, int64_t d, int threads);
+  void (*head_loss)(const HeadLoss&, float* scratch);
+  int64_t (*head_loss_scratch)(const HeadLoss&);
 };
 
 struct Selected {

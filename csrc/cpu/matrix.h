@@ -14,8 +14,10 @@ namespace ulfine::ULFINE_ISA {
 constexpr int64_t kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kWidth;
 constexpr int64_t kRows = kWidth == 16 ? 12 : 6;
-// Steps over k between two passes over the tiles: a panel's share then stays in the first-level cache.
+// Steps over k between two passes over the tiles: a tile's share of A then stays in the first-level cache.
 constexpr int64_t kDepth = 256;
+// Steps over k that a panel is fetched ahead.
+constexpr int64_t kAhead = 16;
 
 static inline int64_t packed_size(int64_t depth, int64_t columns) { return depth * padded(columns); }
 
@@ -32,7 +34,11 @@ static void tile(Operand a, const float* panel, int64_t width, int64_t depth, fl
     for (int v = 0; v < V; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * kWidth) : Vec{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec b[V];
-    for (int v = 0; v < V; ++v) b[v] = load(panel + k * width + v * kWidth);
+    for (int v = 0; v < V; ++v) {
+      b[v] = load(panel + k * width + v * kWidth);
+      // A panel that lies beyond the second-level cache is fetched ahead, also across the end of a page.
+      __builtin_prefetch(panel + (k + kAhead) * width + v * kWidth);
+    }
     const float* column = a.data + k * a.step;
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
@@ -63,40 +69,25 @@ static inline void multiply(int64_t m, int64_t n, int64_t depth, Operand a, cons
     for (int64_t i = 0; i < m; ++i) memset(c + i * ldc, 0, padded(n) * sizeof(float));
     return;
   }
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t steps = min(kDepth, depth - k);
-    for (int64_t j = 0; j < n; j += kPanel) {
-      const int64_t width = min(kPanel, padded(n) - j);
-      const float* panel = packed + depth * j + k * width;
-      for (int64_t i = 0; i < m; i += kRows) {
-        const Operand part = {a.data + i * a.row + k * a.step, a.row, a.step};
-        tile_rows<kRows>(min(kRows, m - i), width / kWidth, part, panel, width, steps, c + i * ldc + j, ldc,
-                         accumulate || k > 0);
-      }
-    }
-  }
-}
-
-// C[m, n] (+)= A' * packed[depth, n], with A[depth, m] row-major: a column of A spreads over as many cache
-// lines as it is long, so each tile's columns are gathered once and used for every panel.
-static inline void multiply_transposed(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda,
-                                       const float* packed, float* c, int64_t ldc, bool accumulate) {
   alignas(64) float columns[kDepth * kRows];
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t steps = min(kDepth, depth - k);
     for (int64_t i = 0; i < m; i += kRows) {
       const int64_t rows = min(kRows, m - i);
-      for (int64_t s = 0; s < steps; ++s) {
-        const float* from = a + (k + s) * lda + i;
-        if (rows == kRows)
-          memcpy(columns + s * kRows, from, kRows * sizeof(float));
-        else
-          memcpy(columns + s * kRows, from, rows * sizeof(float));
+      Operand part = {a.data + i * a.row + k * a.step, a.row, a.step};
+      if (a.row == 1) {
+        // A row of A spreads over as many cache lines as it is long: a tile's rows are gathered once for all
+        // panels.
+        for (int64_t s = 0; s < steps; ++s) {
+          __builtin_prefetch(part.data + (s + kAhead) * a.step);
+          memcpy(columns + s * kRows, part.data + s * a.step, (rows == kRows ? kRows : rows) * sizeof(float));
+        }
+        part = {columns, 1, kRows};
       }
       for (int64_t j = 0; j < n; j += kPanel) {
         const int64_t width = min(kPanel, padded(n) - j);
-        tile_rows<kRows>(rows, width / kWidth, {columns, 1, kRows}, packed + depth * j + k * width, width,
-                         steps, c + i * ldc + j, ldc, accumulate || k > 0);
+        tile_rows<kRows>(rows, width / kWidth, part, packed + depth * j + k * width, width, steps,
+                         c + i * ldc + j, ldc, accumulate || k > 0);
       }
     }
   }

@@ -3,10 +3,14 @@
 // With unit rows u the value is (sum_ij <u_i, u_j>^2 - sum_i |u_i|^4) / (C (C - 1)) and its gradient in u_i
 // is 4 (sum_j <u_i, u_j> u_j - radial part) / (C (C - 1)); both Gram matrices give the same sums.
 #include "bank.h"
+#include "ops.h"
 
 namespace ulfine::ULFINE_ISA {
 
 namespace {
+
+// Rows per task of a triangle: the less, the less of it lies beyond the diagonal.
+constexpr int64_t kTriangleRows = 48;
 
 struct Memory {
   // `packed` is the right-hand side of the gradient's product: the unit rows, or the D x D Gram matrix.
@@ -21,7 +25,7 @@ Memory layout(Scratch& scratch, int64_t c, int64_t d, int threads) {
   m.inverse = scratch.take(c);
   m.gram = scratch.take(side * padded(side));
   m.partial = reinterpret_cast<double*>(scratch.take_indices(side));
-  m.product = scratch.take(threads * kBlock * ld);
+  m.product = scratch.take(threads * block_rows(c, threads) * ld);
   m.packed = scratch.take(packed_size(c, d));
   if (c <= d) {
     m.transposed = scratch.take(packed_size(d, c));
@@ -35,8 +39,8 @@ void gram_of_rows(const Orthogonality& a, const Memory& m) {
   const int64_t ld = padded(a.d), ldg = padded(a.c);
   pack_bank(a.c, a.d, a.threads, m.staging, m.transposed, m.packed, m.unit,
             [&](int64_t k, float* to, float*) { m.inverse[k] = unit_row(a.prototypes + k * a.d, a.d, to); });
-  parallel(ceil_div(a.c, kBlock), a.threads, [&](int64_t task, int) {
-    const int64_t first = task * kBlock, rows = min(kBlock, a.c - first);
+  parallel(ceil_div(a.c, kTriangleRows), a.threads, [&](int64_t task, int) {
+    const int64_t first = task * kTriangleRows, rows = min(kTriangleRows, a.c - first);
     // Whole panels up to the diagonal: a cut one would be read with the wrong width.
     const int64_t columns = min(round_up(first + rows, kPanel), a.c);
     multiply(rows, columns, a.d, {m.unit + first * ld, ld, 1}, m.transposed, m.gram + first * ldg, ldg,
@@ -52,10 +56,10 @@ void gram_of_columns(const Orthogonality& a, const Memory& m) {
     m.inverse[k] = unit_row(a.prototypes + k * a.d, a.d, row);
     pack_row(row, a.d, a.c, k, m.packed);
   });
-  parallel(ceil_div(a.d, kBlock), a.threads, [&](int64_t task, int) {
-    const int64_t first = task * kBlock, rows = min(kBlock, a.d - first);
+  parallel(ceil_div(a.d, kTriangleRows), a.threads, [&](int64_t task, int) {
+    const int64_t first = task * kTriangleRows, rows = min(kTriangleRows, a.d - first);
     const int64_t columns = min(round_up(first + rows, kPanel), a.d);
-    multiply_transposed(rows, columns, a.c, m.unit + first, ld, m.packed, m.gram + first * ld, ld, false);
+    multiply(rows, columns, a.c, {m.unit + first, 1, ld}, m.packed, m.gram + first * ld, ld, false);
   });
 }
 
@@ -117,9 +121,10 @@ void orthogonality(const Orthogonality& a) {
   const float factor = static_cast<float>(4.0 * a.weight / pairs);
   if (!of_rows)
     parallel(side, a.threads, [&](int64_t i, int) { pack_row(m.gram + i * ldg, a.d, a.d, i, m.packed); });
-  parallel(ceil_div(a.c, kBlock), a.threads, [&](int64_t task, int worker) {
-    const int64_t first = task * kBlock, rows = min(kBlock, a.c - first);
-    float* product = m.product + worker * kBlock * ld;
+  const int64_t block = block_rows(a.c, a.threads);
+  parallel(ceil_div(a.c, block), a.threads, [&](int64_t task, int worker) {
+    const int64_t first = task * block, rows = min(block, a.c - first);
+    float* product = m.product + worker * block * ld;
     const Operand left =
         of_rows ? Operand{m.gram + first * ldg, ldg, 1} : Operand{m.unit + first * ld, ld, 1};
     multiply(rows, a.d, side, left, m.packed, product, ld, false);

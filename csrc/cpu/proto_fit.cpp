@@ -1,5 +1,6 @@
 // Class means of the labelled rows, running visual prototypes, and the step of the textual prototypes towards
 // them. Only classes that are present in the batch are touched.
+#include "ops.h"
 #include "parallel.h"
 #include "rows.h"
 

@@ -1,5 +1,6 @@
 // logits = scale * unit(features) unit(prototypes)', and its gradient.
 #include "bank.h"
+#include "ops.h"
 
 namespace ulfine::ULFINE_ISA {
 
@@ -9,9 +10,10 @@ struct Memory {
   float *packed, *staging, *x, *z;
 };
 
-Memory layout(Scratch& scratch, int64_t c, int64_t d, int threads) {
+Memory layout(Scratch& scratch, int64_t b, int64_t c, int64_t d, int threads) {
+  const int64_t block = block_rows(b, threads);
   return {scratch.take(packed_size(d, c)), scratch.take(threads * kStagingRows * padded(d)),
-          scratch.take(threads * kBlock * padded(d)), scratch.take(threads * kBlock * padded(c))};
+          scratch.take(threads * block * padded(d)), scratch.take(threads * block * padded(c))};
 }
 
 struct BackwardMemory {
@@ -23,31 +25,32 @@ BackwardMemory backward_layout(Scratch& scratch, int64_t c, int64_t d, int threa
   return {scratch.take(c * ld),
           scratch.take(c),
           scratch.take(packed_size(c, d)),
-          scratch.take(threads * kBlock * ld),
+          scratch.take(threads * kLargestBlock * ld),
           scratch.take(packed_size(kChunk, d)),
-          scratch.take(threads * kBlock * ld),
+          scratch.take(threads * kLargestBlock * ld),
           scratch.take(c * ld)};
 }
 
 }  // namespace
 
-int64_t proto_logits_scratch(int64_t, int64_t c, int64_t d, int threads) {
+int64_t proto_logits_scratch(int64_t b, int64_t c, int64_t d, int threads) {
   Scratch scratch(nullptr);
-  layout(scratch, c, d, threads);
+  layout(scratch, b, c, d, threads);
   return scratch.used();
 }
 
 void proto_logits(const ProtoLogits& a) {
   Scratch scratch(a.scratch);
-  const Memory m = layout(scratch, a.c, a.d, a.threads);
+  const Memory m = layout(scratch, a.b, a.c, a.d, a.threads);
+  const int64_t block = block_rows(a.b, a.threads);
   const int64_t ldx = padded(a.d), ldz = padded(a.c);
   pack_bank(a.c, a.d, a.threads, m.staging, m.packed, nullptr, nullptr, [&](int64_t k, float* to, float*) {
     unit_row(a.prototypes + k * a.d, a.d, to);
     scale_row(to, a.scale, ldx);
   });
-  parallel(ceil_div(a.b, kBlock), a.threads, [&](int64_t task, int worker) {
-    const int64_t first = task * kBlock, rows = min(kBlock, a.b - first);
-    float *x = m.x + worker * kBlock * ldx, *z = m.z + worker * kBlock * ldz;
+  parallel(ceil_div(a.b, block), a.threads, [&](int64_t task, int worker) {
+    const int64_t first = task * block, rows = min(block, a.b - first);
+    float *x = m.x + worker * block * ldx, *z = m.z + worker * block * ldz;
     for (int64_t i = 0; i < rows; ++i) unit_row(a.features + (first + i) * a.d, a.d, x + i * ldx);
     multiply(rows, a.c, a.d, {x, ldx, 1}, m.packed, z, ldz, false);
     for (int64_t i = 0; i < rows; ++i) memcpy(a.logits + (first + i) * a.c, z + i * ldz, a.c * sizeof(float));
@@ -73,10 +76,11 @@ void proto_logits_backward(const ProtoLogitsBackward& a) {
   for (int64_t chunk = 0; chunk < a.b; chunk += kChunk) {
     const int64_t chunk_rows = min(kChunk, a.b - chunk);
     const float* grad = a.grad + chunk * a.c;
-    parallel(ceil_div(chunk_rows, kBlock), a.threads, [&](int64_t task, int worker) {
-      const int64_t first = task * kBlock, rows = min(kBlock, chunk_rows - first);
-      float *x = m.x + worker * kBlock * ld, *d_x = m.d_x + worker * kBlock * ld;
-      float inverse[kBlock];
+    const int64_t block = block_rows(chunk_rows, a.threads);
+    parallel(ceil_div(chunk_rows, block), a.threads, [&](int64_t task, int worker) {
+      const int64_t first = task * block, rows = min(block, chunk_rows - first);
+      float *x = m.x + worker * kLargestBlock * ld, *d_x = m.d_x + worker * kLargestBlock * ld;
+      float inverse[kLargestBlock];
       for (int64_t i = 0; i < rows; ++i) {
         inverse[i] = unit_row(a.features + (chunk + first + i) * a.d, a.d, x + i * ld);
         pack_row(x + i * ld, a.d, chunk_rows, first + i, m.x_packed);

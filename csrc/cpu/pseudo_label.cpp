@@ -2,12 +2,14 @@
 //   eta * linear_scale * unit(w) + (1 - eta) * align * proto_scale * unit(t),
 // so a row costs one product, not two; only the rows that the branch scales are measured on meet both banks.
 #include "bank.h"
+#include "ops.h"
 
 namespace ulfine::ULFINE_ISA {
 
 namespace {
 
 struct Memory {
+  int64_t block;  // rows per task
   float *fused, *staging, *shift, *x, *z;
   // Of the branch scales: factor of each class row, a panel of transposed rows, its logits, the deviations.
   float *factor[2], *panel, *spread;
@@ -18,8 +20,9 @@ Memory layout(Scratch& scratch, int64_t b, int64_t c, int64_t d, int64_t scale_r
   m.fused = scratch.take(packed_size(d, c));
   m.staging = scratch.take(threads * kStagingRows * padded(d));
   m.shift = scratch.take(padded(c));
-  m.x = scratch.take(threads * kBlock * padded(d));
-  m.z = scratch.take(threads * max(kBlock * padded(c), c * kPanel));
+  m.block = block_rows(b, threads);
+  m.x = scratch.take(threads * m.block * padded(d));
+  m.z = scratch.take(threads * max(m.block * padded(c), c * kPanel));
   m.factor[0] = scratch.take(c);
   m.factor[1] = scratch.take(c);
   m.panel = scratch.take(threads * d * kPanel);
@@ -60,7 +63,7 @@ void measure_scales(const PseudoLabel& a, const Memory& m, int64_t rounded) {
         memset(own + i * ldx, 0, ldx * sizeof(float));
     }
     float *panel = m.panel + worker * a.d * kPanel,
-          *z = m.z + worker * max(kBlock * padded(a.c), a.c * kPanel);
+          *z = m.z + worker * max(m.block * padded(a.c), a.c * kPanel);
     pack_transposed(own, ldx, kPanel, a.d, 0, panel);
     for (int branch = 0; branch < 2; ++branch) {
       multiply(a.c, kPanel, a.d, {branch == 0 ? a.linear : a.prototypes, a.d, 1}, panel, z, kPanel, false);
@@ -84,11 +87,13 @@ void pseudo_label(const PseudoLabel& a) {
   memset(a.histogram, 0, a.c * sizeof(int64_t));
   memset(a.kept_histogram, 0, a.c * sizeof(int64_t));
   a.branch_scale[0] = a.branch_scale[1] = 0.0f;
-  if (a.b == 0) return;
+  if (a.b == 0 && a.bank == nullptr) return;
 
-  const float on_linear = a.eta * a.linear_scale / a.temperature;
-  const float on_proto = (1.0f - a.eta) * a.align * a.proto_scale / a.temperature;
-  pack_bank(a.c, a.d, a.threads, m.staging, m.fused, nullptr, nullptr,
+  const float inverse_temperature = 1.0f / a.temperature;
+  const float on_linear = a.eta * a.linear_scale;
+  const float on_proto = (1.0f - a.eta) * a.align * a.proto_scale;
+  float* bank = a.bank != nullptr ? a.bank->transposed : m.fused;
+  pack_bank(a.c, a.d, a.threads, m.staging, bank, a.bank != nullptr ? a.bank->packed : nullptr, nullptr,
             [&](int64_t k, float* to, float* text) {
               const float* linear = a.linear + k * a.d;
               float inverse = 1.0f;
@@ -106,14 +111,14 @@ void pseudo_label(const PseudoLabel& a) {
   memset(m.shift, 0, a.c * sizeof(float));
   for (int64_t k = a.c; k < ldz; ++k) m.shift[k] = kPadLogit;
 
-  parallel(ceil_div(a.b, kBlock), a.threads, [&](int64_t task, int worker) {
-    const int64_t first = task * kBlock, rows = min(kBlock, a.b - first);
-    float *x = m.x + worker * kBlock * ldx, *z = m.z + worker * max(kBlock * ldz, a.c * kPanel);
+  parallel(ceil_div(a.b, m.block), a.threads, [&](int64_t task, int worker) {
+    const int64_t first = task * m.block, rows = min(m.block, a.b - first);
+    float *x = m.x + worker * m.block * ldx, *z = m.z + worker * max(m.block * ldz, a.c * kPanel);
     for (int64_t i = 0; i < rows; ++i) unit_row(a.features + (first + i) * a.d, a.d, x + i * ldx);
 
-    multiply(rows, a.c, a.d, {x, ldx, 1}, m.fused, z, ldz, false);
+    multiply(rows, a.c, a.d, {x, ldx, 1}, bank, z, ldz, false);
     for (int64_t i = 0; i < rows; ++i) {
-      const Prediction p = predict_row(z + i * ldz, m.shift, a.c, ldz);
+      const Prediction p = predict_row(z + i * ldz, m.shift, inverse_temperature, a.c, ldz);
       const float limit = a.threshold[a.thresholds > 1 && p.label >= 0 ? p.label : 0];
       a.label[first + i] = p.label;
       a.confidence[first + i] = p.confidence;

@@ -54,12 +54,13 @@ static inline void unit_row_backward(const float* d, const float* y, float inver
   for (int64_t i = 0; i < n; ++i) to[i] = (d[i] - radial * y[i]) * inverse;
 }
 
-// Softmax of a row in place, left unnormalised: z becomes exp(z - max). Returns max and the sum of the exps.
+// Softmax of factor * z in place, left unnormalised: z becomes exp(factor * (z - max)). Returns max and the
+// sum.
 struct Softmax {
   float top, total;
 };
 
-static inline Softmax exponentiate(float* z, const float* shift, int64_t n_padded) {
+static inline Softmax exponentiate(float* z, const float* shift, int64_t n_padded, float factor = 1.0f) {
   Vec best = splat(kPadLogit);
   for (int64_t i = 0; i < n_padded; i += kWidth) {
     const Vec x = load(z + i) + load(shift + i);
@@ -69,7 +70,7 @@ static inline Softmax exponentiate(float* z, const float* shift, int64_t n_padde
   const float top = max(best);
   Vec total{};
   for (int64_t i = 0; i < n_padded; i += kWidth) {
-    const Vec e = exp(load(z + i) - splat(top));
+    const Vec e = exp((load(z + i) - splat(top)) * splat(factor));
     store(z + i, e);
     total += e;
   }
@@ -93,7 +94,8 @@ struct Prediction {
   float confidence;
 };
 
-static inline Prediction predict_row(float* z, const float* shift, int64_t n, int64_t n_padded) {
+static inline Prediction predict_row(float* z, const float* shift, float inverse_temperature, int64_t n,
+                                     int64_t n_padded) {
   Vec best = splat(kPadLogit);
   IntVec where{}, here;
   for (int64_t i = 0; i < kWidth; ++i) here[i] = static_cast<int32_t>(i);
@@ -109,7 +111,7 @@ static inline Prediction predict_row(float* z, const float* shift, int64_t n, in
   int64_t label = n;
   for (int64_t i = 0; i < kWidth; ++i)
     if (best[i] == top) label = min(label, where[i]);
-  const Softmax softmax = exponentiate(z, shift, n_padded);
+  const Softmax softmax = exponentiate(z, shift, n_padded, inverse_temperature);
   if (!__builtin_isfinite(softmax.total) || label >= n) return {-1, 0.0f};
   return {label, 1.0f / softmax.total};
 }

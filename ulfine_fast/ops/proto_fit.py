@@ -180,8 +180,7 @@ def proto_fit_(
             for tensor, value in zip(state, new, strict=True):
                 tensor.copy_(value)
             return
-        state = [tensor.detach() for tensor in state]
-        torch.ops.ulfine._proto_fit_.default(features.detach(), targets, histogram, *state, *options)
+        torch.ops.ulfine._proto_fit_.default(features, targets, histogram, *state, *options)
 
 
 def _check(features, targets, histogram, textual, visual, seen, distribution, mu, beta, gamma):
