@@ -27,8 +27,8 @@ demo: $(READY)  ## Train on the built-in data and write a report
 test: $(READY)  ## Run every test
 	$(BIN)/pytest -q $(ARGS)
 
-bench: $(READY)  ## Time every op against its reference
-	$(BIN)/pytest -q benchmarks --benchmark-only $(ARGS)
+bench: $(READY)  ## Time every op and the head step against their rivals (15 minutes)
+	$(BIN)/pytest -q -W default benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check --quiet .

@@ -271,8 +271,13 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert default_cache_dir() == tmp_path / ".cache" / "ulfine-fast"
 
 
-def test_progress_names_the_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    build(tmp_path, progress=True)
+def test_progress_names_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "piped", progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    build(tmp_path / "terminal", progress=True)
     shown = capsys.readouterr().err
     assert "encoding weak views: 100%" in shown
     assert "40/40" in shown

@@ -14,7 +14,7 @@ from synthetic import small_data
 from typer.testing import CliRunner
 
 import ulfine_fast
-from ulfine_fast import demo, experiment
+from ulfine_fast import _native, backend, demo, experiment
 from ulfine_fast.cli import app
 from ulfine_fast.config import METHODS, Schedule
 
@@ -89,11 +89,19 @@ def test_settings_change_the_preset(tmp_path):
     [
         (["--set", "mu=high"], "expected float, got 'high'"),
         (["--set", "nu=1"], "expected one of eta"),
+        (["--set", "mu"], "expected FIELD=VALUE, got 'mu'"),
         (["--set", "adjust_unlabelled=maybe"], "adjust_unlabelled must be one of"),
         (["--set", "normalize_linear=1"], "expected true or false, got '1'"),
         (["--method", "mixmatch"], "expected one of zero_shot"),
         (["--learning-rate", "0"], "learning_rate must be above 0"),
-        (["--steps", "0"], "greater than or equal to 1"),
+        (["--steps", "0"], "greater than or equal to 1, got 0"),
+        (["--threads", "-1"], "greater than or equal to 0, got -1"),
+        (["--steps", "many"], "got many"),
+        (["--dataset", "cifar10"], "expected one of fashion-mnist-subset, fashion-mnist, got 'cifar10'"),
+        (["--set", "eta=7"], "eta must be in [0, 1], got 7.0"),
+        (["--size", "100"], "size must be a positive multiple of 32, got 100"),
+        (["--backend", "tpu"], "'tpu' is not one of 'auto', 'reference', 'cpp'"),
+        (["--resume", "--overwrite"], "expected --resume or --overwrite, got both"),
         (["--unlabelled", "sideways"], "sideways"),
         (["--nonsense"], "No such option"),
     ],
@@ -120,6 +128,58 @@ def test_a_foreign_folder_is_not_written_to(tmp_path):
     result = call("train", *QUICK, "--out", "mine", code=1)
     assert "expected a run folder or an empty one" in result.output
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_damaged_configuration_can_be_overwritten(tmp_path):
+    call("train", *QUICK, "--out", "runs/a")
+    call("evaluate", "runs/a")
+    (tmp_path / "runs/a/config.json").write_text("[1]")
+    result = call("train", *QUICK, "--out", "runs/a", code=1)
+    assert "config.json: expected an object, got list" in result.output
+    call("train", *QUICK, "--out", "runs/a", "--overwrite")
+    assert strict(tmp_path / "runs/a/config.json")["name"] == "ulfine"
+    # it was of the run before
+    assert not (tmp_path / "runs/a/evaluation.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_before_any_work(monkeypatch):
+    monkeypatch.setattr(experiment, "load_data", lambda choice: pytest.fail("too late"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for command in ("train", "demo"):
+        result = call(command, "--out", "runs/a", code=1)
+        assert "runs/a: expected a folder that can be written, got" in " ".join(result.output.split())
+
+
+def test_a_full_disk_says_which_file_and_how_to_go_on(tmp_path, monkeypatch):
+    def full(path, *arguments):
+        raise OSError(f"{path}: expected to write it, got: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.report, "write_predictions", full)
+        result = call("train", *QUICK, "--out", "runs/a", code=1)
+    assert "runs/a/predictions.csv: expected to write it, got: No space left" in result.output
+    assert "--resume" in result.output.splitlines()[-1]
+    call("train", *QUICK, "--out", "runs/a", "--resume")
+    assert (tmp_path / "runs/a/predictions.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["auto", "cpp", "reference"])
+def test_train_runs_on_the_named_back_end_and_says_so(monkeypatch, name):
+    chosen = []
+    choose = backend.choose
+
+    def record(*arguments):
+        chosen.append(choose(*arguments))
+        return chosen[-1]
+
+    for op in ("head_loss", "ops.pseudo_label"):
+        # by name: the package has functions of the same name as its rooms
+        monkeypatch.setattr(sys.modules[f"ulfine_fast.{op}"], "choose", record)
+    result = call("train", *QUICK, "--backend", name)
+    expected = "reference" if name == "reference" else "cpp"
+    assert set(chosen) == {expected}
+    says = f"Back end: {expected}" + (f" ({_native.isa()})" if expected == "cpp" else "")
+    assert says in result.output.splitlines()
 
 
 def test_resume_continues_an_interrupted_run(tmp_path, monkeypatch):
@@ -230,6 +290,22 @@ def test_demo_of_chosen_methods_and_one_seed(tmp_path):
     assert list(record["methods"]) == ["lift", "zero_shot"]
     assert record["methods"]["lift"]["overall"]["std"] is None
     call("demo", "--method", "mixmatch", code=2)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "config.json"])
+def test_demo_writes_into_no_other_folder(tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("precious")
+    result = call("demo", "--out", "mine", code=1)
+    assert f"mine: expected an empty folder or that of a demo, got {name} in it" in result.output
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+
+
+def test_demo_replaces_its_own_reports():
+    for _ in range(2):
+        result = call("demo", "--seeds", "1", "--steps", "5", "--method", "lift")
+    assert "seeds 0" not in result.output
+    assert "2 pictures" in result.output
 
 
 def test_demo_takes_its_seeds_from_the_configuration(tmp_path):

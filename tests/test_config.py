@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -47,6 +48,12 @@ def test_only_methods_with_unlabelled_data_use_it():
         ({"orthogonality_weight": -1.0}, "orthogonality_weight must be at least 0, got -1"),
         ({"unlabelled_weight": -0.5}, "unlabelled_weight must be at least 0, got -0.5"),
         ({"scale_rows": -1}, "scale_rows must be at least 0, got -1"),
+        ({"loss_on": "both"}, "loss_on must be branches or fused, got 'both'"),
+        ({"eta": 1.5}, r"eta must be in \[0, 1\], got 1.5"),
+        ({"mu": math.nan}, r"mu must be in \[0, 1\], got nan"),
+        ({"gamma": 2.0}, r"gamma must be in \[0, 1\], got 2.0"),
+        ({"proto_scale": 0.0}, "proto_scale must be above 0, got 0.0"),
+        ({"temperature": math.inf}, "temperature must be finite, got inf"),
     ],
 )
 def test_method_says_what_it_expected(change, message):
@@ -64,11 +71,27 @@ def test_method_says_what_it_expected(change, message):
         ({"weight_decay": -1e-4}, "weight_decay must be at least 0, got -0.0001"),
         ({"log_every": 0}, "log_every must be above 0, got 0"),
         ({"optimizer": "adam"}, "optimizer must be sgd or adamw, got 'adam'"),
+        ({"learning_rate": math.nan}, "learning_rate must be finite, got nan"),
     ],
 )
 def test_schedule_says_what_it_expected(change, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"imbalance": 0.5}, "imbalance must be at least 1, got 0.5"),
+        ({"imbalance": math.inf}, "imbalance must be finite, got inf"),
+        ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
+        ({"size": 100}, "size must be a positive multiple of 32, got 100"),
+        ({"weak_copies": 0}, "weak_copies must be at least 1, got 0"),
+    ],
+)
+def test_data_says_what_it_expected(change, message):
+    with pytest.raises(ValueError, match=message):
+        Data(**change)
 
 
 def test_records_are_frozen():

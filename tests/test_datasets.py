@@ -107,6 +107,8 @@ def test_damaged_idx(content: bytes, message: str, tmp_path: Path) -> None:
         ((IMAGES[..., None], LABELS, ("a", "b")), r"images must be uint8 .* got uint8 \(2, 4, 4, 1\)"),
         ((IMAGES, LABELS[:1], ("a", "b")), r"labels must be int64 \[2\], got int64 \(1,\)"),
         ((IMAGES, LABELS.astype(np.int32), ("a", "b")), r"labels must be int64 \[2\], got int32 \(2,\)"),
+        ((IMAGES.tolist(), LABELS, ("a", "b")), "images must be a numpy array, got list"),
+        ((IMAGES, LABELS.tolist(), ("a", "b")), "labels must be a numpy array, got list"),
         ((IMAGES, LABELS, ("a", "")), "class names must not be empty"),
         ((IMAGES, LABELS, ()), "class names must not be empty"),
         ((IMAGES, LABELS, ("a", "a")), "class names must be distinct"),

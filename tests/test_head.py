@@ -54,6 +54,31 @@ def test_the_probe_starts_from_the_text_by_default() -> None:
     assert_same_bits(made.linear, made.state.text)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": torch.ones(5)}, r"text must be \[any, any\], got \[5\]"),
+        ({"text": torch.ones(0, 5)}, r"text must have at least one class, got \[0, 5\]"),
+        ({"linear": torch.ones(3, 5)}, r"linear must be \[2, 5\], got \[3, 5\]"),
+        ({"linear": torch.ones(2, 5, device="meta")}, "linear must be on cpu like the rest, got meta"),
+        ({"eta": 1.5}, r"eta must be in \[0, 1\], got 1.5"),
+        ({"linear_scale": 0.0}, "linear_scale must be a finite number above 0, got 0"),
+        ({"proto_scale": float("nan")}, "proto_scale must be a finite number above 0, got nan"),
+        ({"loss_on": "both"}, "loss_on must be branches or fused, got 'both'"),
+    ],
+)
+def test_it_says_what_it_expected(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        DualHead(**{"text": torch.ones(2, 5), **arguments})
+
+
+def test_features_must_fit_the_head() -> None:
+    with pytest.raises(ValueError, match=r"DualHead: features must be \[any, 5\], got \[3, 4\]"):
+        head()(torch.ones(3, 4))
+    with pytest.raises(TypeError, match="features must be float32.*, got int64"):
+        head()(torch.ones(3, DIM).long())
+
+
 def test_the_probe_is_a_copy_of_its_own() -> None:
     made = DualHead(torch.randn(CLASSES, DIM))
     with torch.no_grad():

@@ -19,7 +19,7 @@ from ulfine_fast.backend import IMPLEMENTED, OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"ulfine_fast": ROOT / "ulfine_fast", "ulfine_fast.kernels": ROOT / "kernels"}
-# Benchmarks of more than one op: what a training step costs.
+# Benchmarks of more than one op: what the head costs in a step.
 WHOLE_STEP = {"head_step"}
 
 
@@ -33,7 +33,7 @@ def stems(folder: str, pattern: str, beside: tuple[str, ...] = ()) -> set[str]:
     ("folder", "pattern", "beside"),
     [
         ("ulfine_fast/ops", r"([a-z]\w*)\.py", ()),
-        ("csrc/cpu", r"(\w+)\.cpp", ("dispatch",)),
+        ("csrc/cpu", r"(\w+)\.cpp", ("dispatch", "head_loss")),
         ("tests/ops", r"test_(\w+)\.py", ()),
         ("benchmarks", r"bench_(\w+)\.py", tuple(WHOLE_STEP)),
     ],

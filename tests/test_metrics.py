@@ -47,6 +47,27 @@ def test_calibration_error_of_two_bins():
     assert got["calibration_error"] == pytest.approx(0.5 * 0.05 + 0.5 * 0.15, abs=1e-6)
 
 
+def test_confidence_one_is_in_the_last_bin():
+    label, truth = tensors([0, 0, 0, 0], [0, 1, 0, 0])
+    confidence = torch.tensor([1.0, 1.0, 0.95, 0.95])
+    got = classification_metrics(label, confidence, truth, np.array([3, 1]))
+    assert got["calibration_error"] == pytest.approx(0.975 - 0.75, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("label", "confidence", "truth", "message"),
+    [
+        ([0, 6], [0.5, 0.5], [0, 0], r"label must be in 0\.\.5, got 6"),
+        ([0, 0], [0.5, 0.5], [0, -1], r"truth must be in 0\.\.5, got -1"),
+        ([0, 0], [0.5, 1.5], [0, 0], r"confidence must be in 0\.\.1, got 1.5"),
+        ([0, 0], [np.nan, 0.5], [0, 0], r"confidence must be in 0\.\.1, got nan"),
+    ],
+)
+def test_values_must_be_in_their_range(label, confidence, truth, message):
+    with pytest.raises(ValueError, match=message):
+        classification_metrics(*tensors(label, confidence, truth), COUNTS)
+
+
 def test_a_class_without_test_images_has_no_accuracy_and_does_not_count():
     label, truth = tensors([0, 2, 2], [0, 2, 0])
     got = classification_metrics(label, torch.ones(3), truth, np.array([10, 5, 1]))

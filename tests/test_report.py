@@ -136,6 +136,12 @@ def test_accuracy_table_shows_mean_and_deviation():
     assert "caption" in text
 
 
+def test_captions_are_not_as_narrow_as_their_table():
+    caption = "words " * 15
+    table = report.accuracy_table({}, "Demo", caption)
+    assert caption.strip() in printed(table)
+
+
 def test_branch_table_shows_the_groups():
     row = {
         "overall": 0.7,

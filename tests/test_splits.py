@@ -73,6 +73,7 @@ def test_class_counts_keep_whole_numbers(imbalance: int) -> None:
     ("arguments", "message"),
     [
         ((-1, 10, 10), "largest must be >= 0, got -1"),
+        ((3.5, 10, 10), "largest must be a whole number, got 3.5"),
         ((10, 0.5, 10), "imbalance must be finite and >= 1, got 0.5"),
         ((10, float("nan"), 10), "imbalance must be finite and >= 1, got nan"),
         ((10, 10, 0), "classes must be >= 1, got 0"),

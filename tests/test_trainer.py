@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -218,6 +219,31 @@ def test_twenty_skips_in_a_row_stop_the_run():
     data.labelled.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="not finite in 20 steps in a row"):
         small_run(data=data)
+
+
+def test_twenty_skips_stop_a_run_that_hardly_logs():
+    data = small_data()
+    data.labelled.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="stopped at step 20"):
+        small_run(schedule=replace(SCHEDULE, log_every=1000), data=data)
+
+
+def test_the_terms_of_the_first_step_add_up():
+    schedule = replace(SCHEDULE, log_every=1, steps=2)
+    method = replace(ULFINE, proto_scale=5.0, threshold=1.0)
+    _, result = small_run(method, schedule)
+    _, head, optimizer, batch, log_prior = one_step(method, schedule=schedule)
+    loss = train_step(head, optimizer, batch, method, log_prior, first=True).loss.item()
+    first = result.history[0]
+    assert first["loss_unlabelled"] == 0
+    assert first["loss_labelled"] + first["orthogonality"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_quality_leaves_copies_of_labelled_images_out():
+    data = small_data(protocol="acr")
+    quality = trainer.Quality(data, 0, torch.device("cpu"))
+    own = ~data.unlabelled_is_labelled
+    assert sorted(quality.truth.tolist()) == sorted(data.unlabelled_truth[own].tolist())
 
 
 def test_single_skips_are_counted_and_survived(monkeypatch):
@@ -453,6 +479,20 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="no"):
         small_run(schedule=replace(SCHEDULE, steps=10), run_dir=tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    small_run(run_dir=tmp_path)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+
+    def fail(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="checkpoint.safetensors: expected to write it, got: No space left"):
+        small_run(run_dir=tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
 

@@ -116,6 +116,8 @@ def test_augment_errors(arguments: tuple, message: str) -> None:
 
 
 def test_augment_keyword_errors() -> None:
+    with pytest.raises(ValueError, match="indices must be >= 0, got -1"):
+        augment(GREY, "weak", 0, indices=np.arange(len(GREY)) - 1)
     with pytest.raises(ValueError, match=r"cutout_ratio must be in \[0, 1\], got 1.5"):
         augment(GREY, "strong", 0, cutout_ratio=1.5)
     with pytest.raises(ValueError, match="expected 12 indices, got 3"):

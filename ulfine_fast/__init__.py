@@ -5,6 +5,7 @@ Importing this package loads torch, numpy and the compiled extension, nothing el
 
 from ulfine_fast.backend import availability, use_backend
 from ulfine_fast.head import DualHead
+from ulfine_fast.head_loss import head_loss
 from ulfine_fast.ops import (
     FittedPrototypes,
     PseudoLabels,
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "availability",
     "dual_cross_entropy",
+    "head_loss",
     "orthogonality",
     "proto_fit",
     "proto_fit_",

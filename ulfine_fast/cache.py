@@ -73,7 +73,7 @@ def cached_features(
     `views.augment`; copies must be 1 for the plain view, which ignores seed, indices and cutout_ratio. size,
     invert: as the encoder's `encode_images` takes them. cache_dir: default `default_cache_dir()`. batch_size:
     images augmented and encoded at a time; it does not select the entry. progress: show a bar on standard
-    error while encoding. refresh: compute again and replace the entry, damaged or not.
+    error while encoding, if that is a terminal. refresh: compute again and replace the entry, damaged or not.
 
     Returns a read-only np.memmap, float16 [copies, N, encoder.dim], whose checksum was verified. Raises
     ValueError for an argument outside its range or an encoder whose output breaks its contract, and

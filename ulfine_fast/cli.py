@@ -22,7 +22,7 @@ from ulfine_fast.config import METHODS, Data, Method, Schedule
 if TYPE_CHECKING:
     from rich.console import Console
 
-CONFIG = "config.json"
+CONFIG, EVALUATION = "config.json", "evaluation.json"
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -262,6 +262,8 @@ def train(
     ] = False,
 ) -> None:
     """Train one method on one split; write checkpoint, metrics, predictions and pictures."""
+    if resume and overwrite:
+        raise typer.BadParameter("expected --resume or --overwrite, got both")
     try:
         data = Data(
             dataset=dataset,
@@ -298,7 +300,8 @@ def train(
     _set_deterministic(deterministic)
     _check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
     chosen_device = _device(device)
-    from ulfine_fast import experiment, report, use_backend
+    from ulfine_fast import experiment, report
+    from ulfine_fast.backend import use_backend
 
     console = _console()
     console.print(f"Back end: {_backend(backend, chosen_device)}")
@@ -355,7 +358,7 @@ def evaluate(
     head.to(chosen_device)
     metrics = evaluate_head(head, features.test, features.test_labels, features.labelled_counts)
     report.write_json(
-        run_dir / "evaluation.json",
+        run_dir / EVALUATION,
         {
             **experiment.surroundings(),
             "units": experiment.UNITS,
@@ -365,7 +368,7 @@ def evaluate(
     )
     console = _console()
     _print_metrics(console, metrics, f"{configuration['name']} after {record['steps']} steps")
-    console.print(f"Wrote evaluation.json to {run_dir}")
+    console.print(f"Wrote {EVALUATION} to {run_dir}")
 
 
 @app.command(epilog="Example: [bold]ulfine-fast info --json[/bold]")
@@ -472,7 +475,9 @@ def _changed(method: Method, settings: list[str]) -> Method:
     """`method` with FIELD=VALUE settings; ValueError for an unknown field or a value of another type."""
     changes: dict[str, Any] = {}
     for setting in settings:
-        name, _, text = setting.partition("=")
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected FIELD=VALUE, got {setting!r}")
         if name not in SETTINGS:
             raise ValueError(f"--set: expected one of {', '.join(SETTINGS)}, got {name!r}")
         kind = type(getattr(method, name))
@@ -492,17 +497,22 @@ def _check_claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool, 
     """Raise unless `run_dir` may become, or is, the folder of `configuration`."""
     from ulfine_fast.checkpoint import first_difference
 
+    if run_dir.exists() and not run_dir.is_dir():
+        raise FileExistsError(f"{run_dir}: expected a run folder or none, got a file")
+    _check_writable(run_dir)
+    if overwrite:
+        # what is there may be damaged: it is not read
+        return
     if (run_dir / CONFIG).exists():
         difference = first_difference(_read_configuration(run_dir), configuration)
-        if difference and not overwrite:
+        if difference:
             raise FileExistsError(
                 f"{run_dir} holds another run: {difference}\nchoose another --out, or --overwrite it"
             )
     elif resume:
         raise FileNotFoundError(f"--resume: expected a run in {run_dir}, got no {CONFIG}")
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())) and not overwrite:
+    elif run_dir.exists() and any(run_dir.iterdir()):
         raise FileExistsError(f"{run_dir}: expected a run folder or an empty one, got something else")
-    _check_writable(run_dir)
 
 
 def _check_demo_folder(out: Path) -> None:
@@ -522,16 +532,19 @@ def _check_writable(folder: Path) -> None:
     """Raise early, before minutes of work, where `folder` cannot be written or made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK):
-        raise PermissionError(f"{folder}: expected a folder that can be written, got none: {there} cannot")
+        raise PermissionError(
+            f"{folder}: expected a folder that can be written, got {there} without that right"
+        )
 
 
 def _claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool) -> None:
-    """Make `run_dir` the folder of `configuration`; a checkpoint stays only to be resumed."""
+    """Make `run_dir` the folder of `configuration`; checkpoint and evaluation stay only to be resumed."""
     from ulfine_fast.report import write_json
     from ulfine_fast.trainer import CHECKPOINT
 
     if not resume:
-        (run_dir / CHECKPOINT).unlink(missing_ok=True)
+        for name in (CHECKPOINT, EVALUATION):
+            (run_dir / name).unlink(missing_ok=True)
     write_json(run_dir / CONFIG, configuration)
 
 
@@ -543,6 +556,8 @@ def _read_configuration(run_dir: Path) -> dict[str, Any]:
         configuration = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged: {error}") from error
+    if not isinstance(configuration, dict):
+        raise ValueError(f"{path}: expected an object, got {type(configuration).__name__}")
     missing = {"data", "name", "method", "schedule"} - set(configuration)
     if missing:
         raise ValueError(f"{path}: expected {', '.join(sorted(missing))}, got none")

@@ -15,16 +15,22 @@ def _one_of(record: Any, name: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {known}, got {getattr(record, name)!r}")
 
 
+def _finite(record: Any, name: str) -> None:
+    if not math.isfinite(getattr(record, name)):
+        raise ValueError(f"{name} must be finite, got {getattr(record, name)}")
+
+
 def _above_zero(record: Any, *names: str) -> None:
     for name in names:
-        # NaN and infinity fail too, here and below
-        if not 0 < getattr(record, name) < math.inf:
+        _finite(record, name)
+        if not getattr(record, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(record, name)}")
 
 
 def _at_least(record: Any, low: int, *names: str) -> None:
     for name in names:
-        if not low <= getattr(record, name) < math.inf:
+        _finite(record, name)
+        if not getattr(record, name) >= low:
             raise ValueError(f"{name} must be at least {low}, got {getattr(record, name)}")
 
 

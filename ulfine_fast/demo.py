@@ -81,7 +81,7 @@ def run_demo(
         "methods": summary,
     }
     pictures = write_reports(Path(out), record, splits, outcomes)
-    console.print(f"Wrote metrics.json, predictions.csv (seed {seeds[0]}), {', '.join(pictures)} to {out}")
+    console.print(f"Wrote metrics.json, predictions.csv (seed {seeds[0]}), {len(pictures)} pictures to {out}")
     return record
 
 

@@ -53,8 +53,10 @@ def class_counts(largest: int, imbalance: float, classes: int) -> np.ndarray:
     `largest`). Returns int64 [classes], non-increasing; a class may get 0 when imbalance > largest.
     Raises ValueError outside these ranges.
     """
-    if largest != int(largest) or largest < 0:
-        raise ValueError(f"class_counts: largest must be a whole number >= 0, got {largest}")
+    if largest < 0:
+        raise ValueError(f"class_counts: largest must be >= 0, got {largest}")
+    if largest % 1:
+        raise ValueError(f"class_counts: largest must be a whole number, got {largest}")
     if not imbalance >= 1 or not np.isfinite(imbalance):
         raise ValueError(f"class_counts: imbalance must be finite and >= 1, got {imbalance}")
     if classes < 1:

@@ -25,6 +25,8 @@ def without_autocast(function: Callable) -> Callable:
     @wraps(function)
     def run(*arguments: object, **named: object) -> object:
         first = arguments[0] if arguments else next(iter(named.values()))
+        if first.device.type == "meta":  # without arithmetic there is no autocast
+            return function(*arguments, **named)
         with torch.autocast(first.device.type, enabled=False):
             return function(*arguments, **named)
 
