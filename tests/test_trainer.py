@@ -559,3 +559,15 @@ def test_no_labelled_images_is_an_error():
     empty = replace(data, labelled=data.labelled[:, :0], labels=data.labels[:0])
     with pytest.raises(ValueError, match="needs labelled images"):
         small_run(data=empty)
+
+
+def test_one_class_with_all_pseudo_labels_is_warned_of_once(caplog):
+    data = small_data()
+    one_image = data.weak[:1, :1].expand_as(data.weak)
+    data = replace(data, weak=one_image, strong=one_image[: data.strong.shape[0]])
+    head = build_head(data.prototypes, ULFINE)
+    train(head, data, ULFINE, Schedule(steps=8, log_every=2, learning_rate=1e-6), progress=False)
+    warnings = [r.getMessage() for r in caplog.records if "pseudo-labels" in r.getMessage()]
+    assert len(warnings) == 1
+    label = int(head.state.distribution.argmax())
+    assert warnings[0].startswith(f"step 2: class {label} has 100 % of the pseudo-labels")

@@ -21,7 +21,7 @@ from ulfine_fast.ops._handover import hand_over, keep
 from ulfine_fast.ops._rows import working_dtype
 from ulfine_fast.ops.dual_cross_entropy import LOSS_ON, dual_cross_entropy_reference
 from ulfine_fast.ops.orthogonality import orthogonality_reference
-from ulfine_fast.ops.pseudo_label import PseudoLabels, pseudo_label_reference, scalar
+from ulfine_fast.ops.pseudo_label import PseudoLabels, limits, pseudo_label_reference, scalar
 
 
 def _step_rows(
@@ -196,13 +196,7 @@ def head_loss(
             f"got {list(features.shape)}"
         )
     dtype = working_dtype(features, weak, linear, prototypes)
-    if isinstance(threshold, Tensor):
-        if threshold.ndim:
-            _checks.vector(op, "threshold", threshold, classes, _checks.FLOATS)
-        threshold = threshold.reshape(-1)
-    else:
-        _checks.between(op, "threshold", threshold, 0.0, 1.0)
-        threshold = torch.full((1,), threshold, dtype=dtype, device=features.device)
+    threshold = limits(op, threshold, classes, features, dtype)
     for name, shift in (("adjustment", adjustment), ("strong_adjustment", strong_adjustment)):
         if shift is not None:
             _checks.vector(op, name, shift, classes, _checks.FLOATS)

@@ -7,6 +7,7 @@ head, optimizer and step number are the whole state of a run.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -35,12 +36,15 @@ if TYPE_CHECKING:
     from ulfine_fast.features import FeatureData
     from ulfine_fast.state import PrototypeState
 
+LOGGER = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
 MOMENTUM = 0.9
 # A class without labelled images has log 1e-12 for its prior; an adjustment by kept pseudo-labels is milder.
 SMALLEST_PRIOR = 1e-12
 SMALLEST_KEPT_SHARE = 1e-4
 MOST_SKIPS = 20
+# One class with more than this share of P_u is worth a warning.
+COLLAPSED_SHARE = 0.9
 # Unlabelled rows that the quality of pseudo-labels is measured on: a log step must stay cheap on a large set.
 REPORT_ROWS = 2048
 CHUNK = 8192
@@ -384,6 +388,7 @@ def train(
                 record = _record(step, schedule, method, report, terms, skips)
                 if quality is not None:
                     record |= quality(head, method)
+                    _warn_of_collapse(record, result.history)
                 result.history.append(record)
                 bar.set_postfix(loss=record["loss_labelled"], refresh=False)
             if log or (step + 1) % MOST_SKIPS == 0:
@@ -446,6 +451,22 @@ def _record(
         **{name: x if math.isfinite(x) else None for name, x in zip(names, scalars, strict=True)},
         "skipped": int(skips[2]),
     }
+
+
+def _warn_of_collapse(record: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Log a warning when one class begins to take nearly all pseudo-labels."""
+
+    def collapsed(shares: list[float]) -> bool:
+        return len(shares) > 1 and max(shares) > COLLAPSED_SHARE * sum(shares)
+
+    shares = record["distribution"]
+    if collapsed(shares) and not (history and collapsed(history[-1]["distribution"])):
+        LOGGER.warning(
+            "step %d: class %d has %.0f %% of the pseudo-labels; the other prototypes hardly move",
+            record["step"],
+            shares.index(max(shares)),
+            100 * max(shares) / sum(shares),
+        )
 
 
 def _check_skips(skips: Tensor, step: int) -> None:

@@ -181,13 +181,7 @@ def pseudo_label(
     classes = linear.shape[0]
     _checks.matrix(op, "prototypes", prototypes, classes, features.shape[1])
     dtype = working_dtype(features, linear, prototypes)
-    if isinstance(threshold, Tensor):
-        if threshold.ndim:
-            _checks.vector(op, "threshold", threshold, classes, _checks.FLOATS)
-        threshold = threshold.reshape(-1)
-    else:
-        _checks.between(op, "threshold", threshold, 0.0, 1.0)
-        threshold = torch.full((1,), threshold, dtype=dtype, device=features.device)
+    threshold = limits(op, threshold, classes, features, dtype)
     align = scalar(op, "align", align, features, dtype)
     _checks.same_device(op, features, linear=linear, prototypes=prototypes, threshold=threshold, align=align)
     _checks.between(op, "eta", eta, 0.0, 1.0)
@@ -229,3 +223,13 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor, dtype: torch
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must be a number or a scalar tensor, got {list(value.shape)}")
     return value.reshape(())
+
+
+def limits(op: str, threshold: float | Tensor, classes: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`threshold` as a tensor [1] or [C] beside `like`."""
+    if isinstance(threshold, Tensor):
+        if threshold.ndim:
+            _checks.vector(op, "threshold", threshold, classes, _checks.FLOATS)
+        return threshold.reshape(-1)
+    _checks.between(op, "threshold", threshold, 0.0, 1.0)
+    return torch.full((1,), threshold, dtype=dtype, device=like.device)
