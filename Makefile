@@ -28,6 +28,9 @@ test: $(READY)  ## Run every test
 	$(BIN)/pytest -q $(ARGS)
 
 bench: $(READY)  ## Time every op and the head step against their rivals (15 minutes)
+	export ULFINE_BENCHMARK_JSON="$${ULFINE_BENCHMARK_JSON:-bench.json}"
+	# The default policy of OpenMP: with sleeping workers two threads would measure how they wake up.
+	unset OMP_WAIT_POLICY
 	$(BIN)/pytest -q -W default benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
 
 lint: $(READY)  ## Check style and format

@@ -1,6 +1,7 @@
 """What a user would write without this library: the whole head step in PyTorch, twice.
 
-`naive` is the method as its paper states it: two products per view, a C x C Gram matrix, every row computed.
+`naive` is the method term by term as its formulas stand: two products per view, a C x C Gram matrix, every row
+computed, every prototype updated.
 `smart` is the same function after the algebra that this library rests on, written by someone who knows it:
 branches folded into one matrix where that is exact, the smaller Gram matrix, branch scales from a sample of
 rows and, in eager mode, rejected rows dropped. Both are measured eager and compiled; both return what
@@ -79,7 +80,7 @@ def naive_loss(rows, weak, targets, linear, textual, adjustment, threshold: floa
         confidence, label = fuse(zl, zt).softmax(-1).max(-1)
         mask = (confidence >= threshold).to(zl.dtype)
         histogram = torch.zeros_like(adjustment).index_add_(0, label, torch.ones_like(confidence))
-        scales = torch.stack([zl.std(-1, correction=0).mean(), zt.std(-1, correction=0).mean()])
+        scales = torch.stack([z[:SCALE_ROWS].std(-1, correction=0).mean() for z in (zl, zt)])
 
     def cross_entropy(z, of, shift, reduction):
         z = [fuse(*z)] if loss_on == "fused" else z
@@ -119,28 +120,27 @@ def smart_loss(rows, weak, targets, linear, textual, adjustment, threshold: floa
         kept = keep.nonzero().squeeze(-1)
         rows = torch.cat([rows[:labelled], rows[labelled:][kept]])
         of = torch.cat([targets, label[kept]])
-        weights = torch.full((len(of),), 1.0 / unlabelled)
+        weights = 1.0 / unlabelled
     else:
         of = torch.cat([targets, label])
-        weights = torch.cat([keep.new_zeros(labelled), keep]) / unlabelled
-    weights[:labelled] = 1.0 / labelled
+        weights = keep / unlabelled
     x = F.normalize(rows, dim=-1)
-    shift = torch.cat([adjustment.expand(labelled, -1), adjustment.new_zeros(len(of) - labelled, classes)])
-    if loss_on == "fused":
-        row_loss = F.cross_entropy(F.linear(x, fold) + shift, of, reduction="none")
-    else:
-        z = F.linear(x, torch.cat([SCALE * w, SCALE * fixed])).view(len(of) * 2, classes)
-        shift, of = shift.repeat_interleave(2, 0), of.repeat_interleave(2)
-        row_loss = F.cross_entropy(z + shift, of, reduction="none").view(-1, 2).sum(-1)
+    banks = (fold,) if loss_on == "fused" else (SCALE * w, SCALE * fixed)
+    loss = rows.new_zeros(())
+    for bank in banks:
+        z = F.linear(x, bank)
+        loss = loss + F.cross_entropy(z[:labelled] + adjustment, of[:labelled])
+        consistency = F.cross_entropy(z[labelled:], of[labelled:], reduction="none")
+        loss = loss + (consistency * weights).sum()
     gram = t @ t.T if classes <= dim else t.T @ t
     off_diagonal = gram.square().sum() - classes
-    loss = (row_loss * weights).sum() + ORTHOGONALITY_WEIGHT * off_diagonal / (classes * (classes - 1))
+    loss = loss + ORTHOGONALITY_WEIGHT * off_diagonal / (classes * (classes - 1))
     return loss, histogram, scales
 
 
 @torch.no_grad()
 def update(rows, targets, histogram, textual, visual, seen, distribution) -> None:
-    """Estimators of the step, in place, as both families write them."""
+    """Estimators of the step, in place, over all classes."""
     distribution.mul_(GAMMA).add_(histogram / histogram.sum(), alpha=1 - GAMMA)
     x = F.normalize(rows[: len(targets)], dim=-1)
     sums = torch.zeros_like(visual).index_add_(0, targets, x)
@@ -153,6 +153,22 @@ def update(rows, targets, histogram, textual, visual, seen, distribution) -> Non
     alpha = (MU * distribution / distribution.max())[:, None]
     blend = (1 - alpha) * F.normalize(textual, dim=-1) + alpha * F.normalize(visual, dim=-1)
     textual.copy_(torch.where(present, F.normalize(blend, dim=-1), textual))
+
+
+@torch.no_grad()
+def sparse_update(rows, targets, histogram, textual, visual, seen, distribution) -> None:
+    """`update` that touches the classes of the batch alone (their number is data-dependent: not compilable)."""
+    distribution.mul_(GAMMA).add_(histogram / histogram.sum(), alpha=1 - GAMMA)
+    present, inverse, counts = targets.unique(return_inverse=True, return_counts=True)
+    x = F.normalize(rows[: len(targets)], dim=-1)
+    means = x.new_zeros(len(present), x.shape[1]).index_add_(0, inverse, x) / counts[:, None]
+    old = visual[present]
+    new = torch.where(seen[present, None], BETA * old + (1 - BETA) * means, means)
+    visual.index_copy_(0, present, new)
+    seen[present] = True
+    alpha = (MU * distribution[present] / distribution.max())[:, None]
+    blend = (1 - alpha) * F.normalize(textual[present], dim=-1) + alpha * F.normalize(new, dim=-1)
+    textual.index_copy_(0, present, F.normalize(blend, dim=-1))
 
 
 def torch_step(loss_fn, update_fn):
@@ -187,7 +203,7 @@ def steps() -> dict[str, object]:
         "naive compiled": torch_step(
             torch.compile(naive_loss, fullgraph=True), torch.compile(update, fullgraph=True)
         ),
-        "smart eager": torch_step(smart_with_drop, update),
+        "smart eager": torch_step(smart_with_drop, sparse_update),
         "smart compiled": torch_step(
             torch.compile(smart_without_drop, fullgraph=True), torch.compile(update, fullgraph=True)
         ),

@@ -14,26 +14,27 @@ from ulfine_fast.ops import pseudo_label
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_head_step(compare, shape, loss_on):
     torch.compiler.reset()
-    providers, losses, grads = {}, {}, {}
-    for name, step in steps().items():
-        inputs = step_inputs(shape)
-        learned = inputs.rows, inputs.linear, inputs.textual
+    start = step_inputs(shape)
+    inputs = {name: step_inputs(shape) for name in steps()}
+    state = ("textual", "visual", "seen", "distribution")
 
-        def run(step=step, inputs=inputs, learned=learned):
-            for tensor in learned:
-                tensor.grad = None
-            return step(inputs, loss_on)
+    def reset(name):
+        # A step moves the prototypes, and with them the share of kept rows.
+        with torch.no_grad():
+            for field in state:
+                getattr(inputs[name], field).copy_(getattr(start, field))
+            for field in ("rows", "linear", "textual"):
+                getattr(inputs[name], field).grad = None
 
-        losses[name] = run().item()
-        grads[name] = [tensor.grad.clone() for tensor in learned]
-        providers[name] = run
-    for name in providers:
-        # What is faster must be the same function.
-        assert losses[name] == pytest.approx(losses["fused"], rel=1e-4)
-        for ours, theirs in zip(grads["fused"], grads[name], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4 * float(ours.abs().max()))
-    inputs = step_inputs(shape)
-    kept = pseudo_label(
-        inputs.weak, inputs.linear, inputs.textual, inputs.threshold, align=ALIGN, eta=ETA
-    ).keep
-    compare("head step", shape, providers, loss_on=loss_on, keep_rate=f"{kept.float().mean():.0%}")
+    def provider(name, step):
+        def run():
+            s = inputs[name]
+            loss = step(s, loss_on)
+            return loss, s.rows.grad, s.linear.grad, s.textual.grad, *(getattr(s, field) for field in state)
+
+        return run
+
+    kept = pseudo_label(start.weak, start.linear, start.textual, start.threshold, align=ALIGN, eta=ETA).keep
+    assert 0.45 < kept.float().mean() < 0.55
+    providers = {name: provider(name, step) for name, step in steps().items()}
+    compare("head step", shape, providers, reset, loss_on=loss_on, keep_rate=f"{kept.float().mean():.0%}")

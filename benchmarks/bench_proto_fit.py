@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from baselines import update
+from baselines import sparse_update, update
 from shapes import BETA, GAMMA, MU, SHAPES, step_inputs
 
 from ulfine_fast.ops import proto_fit_
@@ -19,14 +19,27 @@ def fused(features, targets, histogram, textual, visual, seen, distribution):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_proto_fit(compare, shape):
     torch.compiler.reset()
-    providers = {}
-    for name, function in {
+    functions = {
         "fused": fused,
-        "eager": update,
-        "compiled": torch.compile(update, fullgraph=True),
-    }.items():
-        s = step_inputs(shape)
-        state = [t.detach().clone() for t in (s.textual, s.visual, s.seen, s.distribution)]
-        features, histogram = s.rows.detach()[: s.labelled], torch.ones(shape.classes)
-        providers[name] = lambda f=function, a=(features, s.targets, histogram, *state): f(*a)
-    compare("proto_fit", shape, providers, rows=shape.labelled)
+        "naive eager": update,
+        "naive compiled": torch.compile(update, fullgraph=True),
+        "smart eager": sparse_update,
+    }
+    s = step_inputs(shape)
+    start = [t.detach().clone() for t in (s.textual, s.visual, s.seen, s.distribution)]
+    states = {name: [t.clone() for t in start] for name in functions}
+    features, histogram = s.rows.detach()[: s.labelled], torch.ones(shape.classes)
+
+    def reset(name):
+        for tensor, value in zip(states[name], start, strict=True):
+            tensor.copy_(value)
+
+    def provider(name, function):
+        def run():
+            function(features, s.targets, histogram, *states[name])
+            return states[name]
+
+        return run
+
+    providers = {name: provider(name, function) for name, function in functions.items()}
+    compare("proto_fit", shape, providers, reset, rows=shape.labelled)

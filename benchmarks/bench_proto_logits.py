@@ -23,7 +23,9 @@ def test_proto_logits(compare, shape):
     def both(function):
         def run():
             inputs.rows.grad = inputs.textual.grad = None
-            function(inputs.rows, inputs.textual).backward(grad)
+            logits = function(inputs.rows, inputs.textual)
+            logits.backward(grad)
+            return logits, inputs.rows.grad, inputs.textual.grad
 
         return run
 

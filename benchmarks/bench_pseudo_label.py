@@ -1,4 +1,4 @@
-"""`pseudo_label` of the weak rows: two branches as the paper states them, folded by hand, and fused."""
+"""`pseudo_label` of the weak rows: two branches as the formulas stand, folded by hand, and fused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ulfine_fast.ops import pseudo_label
 
 
 def _labels(z, threshold):
-    confidence, label = z.softmax(-1).max(-1)
+    top, label = z.max(-1)
+    confidence = (top - z.logsumexp(-1)).exp()
     histogram = torch.zeros(z.shape[1]).index_add_(0, label, torch.ones_like(confidence))
     return label, confidence, confidence >= threshold, histogram
 
@@ -19,7 +20,7 @@ def _labels(z, threshold):
 def naive(weak, linear, textual, threshold):
     x = F.normalize(weak, dim=-1)
     zl, zt = (SCALE * F.linear(x, F.normalize(bank, dim=-1)) for bank in (linear, textual))
-    scales = torch.stack([z.std(-1, correction=0).mean() for z in (zl, zt)])
+    scales = torch.stack([z[:SCALE_ROWS].std(-1, correction=0).mean() for z in (zl, zt)])
     return *_labels(ETA * zl + (1 - ETA) * ALIGN * zt, threshold), scales
 
 
@@ -33,10 +34,11 @@ def smart(weak, linear, textual, threshold):
 
 
 def fused(weak, linear, textual, threshold):
-    return pseudo_label(
+    pseudo = pseudo_label(
         weak, linear, textual, threshold, align=ALIGN, eta=ETA, linear_scale=SCALE, proto_scale=SCALE,
         scale_rows=SCALE_ROWS,
     )  # fmt: skip
+    return pseudo.label, pseudo.confidence, pseudo.keep, pseudo.histogram, pseudo.branch_scale
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

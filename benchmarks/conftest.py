@@ -16,9 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Idle OpenMP workers sleep instead of spinning on a shared machine; read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import pytest
 import torch
 
@@ -54,20 +51,26 @@ def quantiles(times: list[float]) -> dict[str, float]:
 
 
 def interleaved(
-    providers: dict[str, Callable[[], object]], threads: int, seconds: float = 6.0
+    providers: dict[str, Callable[[], object]],
+    reset: Callable[[str], None],
+    threads: int,
+    seconds: float = 6.0,
 ) -> dict[str, dict[str, float]]:
     """Times of all providers, taken in turn for about `seconds`, with the ratio of each to the first.
 
-    The ratio is the median over rounds of the ratio within a round.
+    `reset(name)` restores what a call of that provider changed, outside the clock. The ratio is the median
+    over rounds of the ratio within a round.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
-    for function in providers.values():
+    for name, function in providers.items():
         for _ in range(3):
+            reset(name)
             function()
     times: dict[str, list[float]] = {name: [] for name in providers}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[next(iter(times))]) < 12:
         for name, function in providers.items():
+            reset(name)
             start = clock()
             function()
             times[name].append((clock() - start) * 1e3)
@@ -90,15 +93,33 @@ def threads(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def compare(benchmark, threads: int):
-    """`compare(name, shape, providers, reset=..., note=...)` measures, records and reports one contest.
+    """`compare(name, shape, providers, reset)` checks, measures, records and reports one contest.
 
-    The first provider is the library's; it also becomes the test's row in the table of pytest-benchmark.
+    Every provider returns the tensors it is there to compute; they must agree with those of the first, which
+    is the library's and also becomes the test's row in the table of pytest-benchmark. Further keywords are
+    notes for the report.
     """
 
-    def run(name: str, shape: object, providers: dict[str, Callable[[], object]], **notes: object) -> None:
-        rows = interleaved(providers, threads)
+    def run(
+        name: str,
+        shape: object,
+        providers: dict[str, Callable[[], object]],
+        reset: Callable[[str], None] = lambda name: None,
+        **notes: object,
+    ) -> None:
+        expected = None
         for provider, function in providers.items():
+            reset(provider)
+            results = [t.detach().to(torch.float32).clone() for t in function()]
+            expected = results if expected is None else expected
+            for ours, theirs in zip(expected, results, strict=True):
+                size = float(ours.abs().max()) if ours.numel() else 0.0
+                torch.testing.assert_close(theirs, ours, rtol=2e-3, atol=2e-4 * size)
+        rows = interleaved(providers, reset, threads)
+        for provider, function in providers.items():
+            reset(provider)
             rows[provider]["peak_mib"] = peak_memory(function)
+        reset(next(iter(providers)))
         result = {"op": name, "shape": str(shape), "threads": threads, **notes, "providers": rows}
         REPORT.append(result)
         benchmark.extra_info.update(result)
@@ -126,7 +147,15 @@ def pytest_terminal_summary(terminalreporter) -> None:
             )
     path = os.environ.get("ULFINE_BENCHMARK_JSON")
     if path and REPORT:
-        machine = {"processor": _processor(), "isa": _native.isa(), "torch": torch.__version__}
+        machine = {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "isa": _native.isa(),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "default"),
+        }
         Path(path).write_text(json.dumps({"machine": machine, "contests": REPORT}, indent=1) + "\n")
         terminalreporter.write_line(f"\nwritten: {path}")
 

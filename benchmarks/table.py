@@ -12,10 +12,14 @@ def head_step_table(contests: list[dict]) -> str:
     steps = [c for c in contests if c["op"] == "head step"]
     rivals = list(steps[0]["providers"])[1:]
     lines = [
-        "| rows x classes x dims | loss on | threads | ours, ms | " + " | ".join(rivals) + " |",
+        "| labelled x unlabelled x classes x dims | loss on | threads | ours, ms | "
+        + " | ".join(rivals)
+        + " |",
         "|---|---|---|---|" + "---|" * len(rivals),
     ]
-    for c in sorted(steps, key=lambda c: (c["threads"], len(c["shape"]), c["loss_on"] != "fused")):
+    for c in sorted(
+        steps, key=lambda c: (c["threads"], [int(n) for n in c["shape"].split("x")], c["loss_on"] != "fused")
+    ):
         ours = c["providers"]["fused"]
         cells = [
             c["shape"], c["loss_on"], c["threads"], f"{ours['p50']:.2f} [{ours['p20']:.2f}, {ours['p80']:.2f}]"

@@ -49,7 +49,7 @@ def proto_logits_kernel(
     p_empty = p_squared <= zero_norm_squared
     x_inverse = tl.where(x_empty, 0.0, 1.0 / tl.sqrt(tl.where(x_empty, 1.0, x_squared)))
     p_inverse = tl.where(p_empty, 0.0, 1.0 / tl.sqrt(tl.where(p_empty, 1.0, p_squared)))
-    z = scale * z * x_inverse[:, None] * p_inverse[None, :]
+    z = scale * ((z * x_inverse[:, None]) * p_inverse[None, :])
     tl.store(
         z_ptr + b[:, None] * C + c[None, :],
         z,
@@ -72,18 +72,19 @@ def proto_logits_triton(
     grid = (triton.cdiv(rows, BLOCK_B), triton.cdiv(classes, BLOCK_C))
     # torch's own switch decides whether float32 products may round their operands to TF32.
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    proto_logits_kernel[grid](
-        x,
-        p,
-        logits,
-        rows,
-        classes,
-        dim,
-        float(scale),
-        zero_norm_squared,
-        PRECISION=precision,
-        BLOCK_B=BLOCK_B,
-        BLOCK_C=BLOCK_C,
-        BLOCK_D=BLOCK_D,
-    )
+    with torch.cuda.device_of(x):
+        proto_logits_kernel[grid](
+            x,
+            p,
+            logits,
+            rows,
+            classes,
+            dim,
+            float(scale),
+            zero_norm_squared,
+            PRECISION=precision,
+            BLOCK_B=BLOCK_B,
+            BLOCK_C=BLOCK_C,
+            BLOCK_D=BLOCK_D,
+        )
     return logits.to(features.dtype)

@@ -246,8 +246,7 @@ def proto_fit_(
     )
 
 
-def orthogonality(prototypes: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The value, and the gradient of `weight` times the value."""
+def orthogonality(prototypes: Tensor) -> tuple[Tensor, Tensor]:
     p = _f32(prototypes)
     c, d = p.shape
     value = _empty(())
@@ -257,7 +256,7 @@ def orthogonality(prototypes: Tensor, weight: float = 1.0) -> tuple[Tensor, Tens
         p.data_ptr(),
         value.data_ptr(),
         gradient.data_ptr(),
-        weight,
+        1.0,
         _scratch(_C.orthogonality_scratch(c, d, threads)),
         c,
         d,
@@ -343,6 +342,4 @@ def head_loss(
     )
     if not need_prototypes:
         d_t = _empty(0)
-    elif not orthogonality_weight:
-        d_t = torch.zeros(t.shape, dtype=torch.float32)
     return loss, d_x, d_w, d_t, label, confidence, keep, histogram, kept_histogram, branch_scale

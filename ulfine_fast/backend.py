@@ -21,6 +21,8 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Ops that each explicit back end has; `reference` has them all. `auto` never picks an unmeasured one.
 OPS = ("proto_logits", "pseudo_label", "dual_cross_entropy", "proto_fit", "orthogonality")
 IMPLEMENTED = {"reference": OPS, "cpp": OPS, "triton": ("proto_logits",), "cuda": ("proto_logits",)}
+# What is composed of ops runs where all of them do.
+COMPOSED = {"head_loss": ("reference", "cpp")}
 
 _selected = "auto"
 
@@ -87,8 +89,8 @@ def choose(op: str, features: Tensor, dtype: torch.dtype, requested: str | None 
     if name == "auto":
         fits = device == "cpu" and dtype == torch.float32 and not _native.error
         return "cpp" if fits else "reference"
-    if op not in IMPLEMENTED[name]:
-        have = [b for b in BACKENDS if op in IMPLEMENTED[b]]
+    have = COMPOSED.get(op) or [b for b in BACKENDS if op in IMPLEMENTED[b]]
+    if name not in have:
         raise RuntimeError(f"{op}: {name} has no kernel for it; implemented by: {', '.join(have)}")
     if dtype == torch.float64:
         raise RuntimeError(f"{op}: {name} computes in float32, got float64; use backend='reference'")
@@ -98,11 +100,12 @@ def choose(op: str, features: Tensor, dtype: torch.dtype, requested: str | None 
         if device != "cpu":
             raise RuntimeError(f"{op}: cpp needs a CPU tensor, got {device}")
         return name
-    if device != "cuda" and not (name == "triton" and _interpreting()):
-        raise RuntimeError(f"{op}: {name} needs a CUDA tensor, got {device}; here: auto, reference, cpp")
     state = availability()[name]
-    if device == "cuda" and not state.available:
+    if not state.built or (device == "cuda" and not state.available):
         raise RuntimeError(f"{op}: {name} is not available: {state.reason}")
+    if device != "cuda" and not (name == "triton" and _interpreting()):
+        here = [b for b in ("reference", "cpp") if availability()[b].available]
+        raise RuntimeError(f"{op}: {name} needs a CUDA tensor, got {device}; here: auto, {', '.join(here)}")
     return name
 
 

@@ -50,7 +50,7 @@ class DualHead(nn.Module):
         if loss_on not in ("branches", "fused"):
             raise ValueError(f"DualHead: loss_on must be branches or fused, got {loss_on!r}")
         start = self.state.text if linear is None else linear.detach().to(torch.float32)
-        self.linear = nn.Parameter(start.clone())
+        self.linear = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
         self.eta = eta
         self.scales = {
             "linear_scale": linear_scale,

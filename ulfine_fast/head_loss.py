@@ -176,7 +176,7 @@ def head_loss(
         backend: None (the selected one), "auto", "reference" or "cpp".
 
     Returns:
-        Scalar loss in nats, float32 (float64 if an input is), and the PseudoLabels of `weak`.
+        Scalar loss in nats, float32 (float64 if features or a bank is), and the PseudoLabels of `weak`.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, label or range. RuntimeError: the named back end
@@ -224,7 +224,9 @@ def head_loss(
         loss_on == "fused", float(unlabelled_weight), float(orthogonality_weight),
     )  # fmt: skip
     weak = weak.detach()
-    if choose("dual_cross_entropy", features, dtype, backend) == "reference":
+    if not orthogonality_weight:
+        prototypes = prototypes.detach()
+    if choose("head_loss", features, dtype, backend) == "reference":
         return head_loss_reference(features, weak, targets, linear, prototypes, *options)
     if not torch.is_grad_enabled():
         # Or the op would compute gradients that nobody asks for.

@@ -37,16 +37,16 @@ class PrototypeState(nn.Module):
         _checks.matrix("PrototypeState", "text", text)
         if not len(text):
             raise ValueError(f"PrototypeState: text must have at least one class, got {list(text.shape)}")
-        text = F.normalize(text.detach().to(torch.float32), dim=-1)
+        text = F.normalize(text.detach().to(torch.float32), dim=-1).contiguous()
         classes = text.shape[0]
         self.textual = nn.Parameter(text.clone())
         self.register_buffer("text", text)
         self.register_buffer("visual", torch.zeros_like(text))
-        self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
-        self.register_buffer("distribution", torch.zeros(classes))
-        self.register_buffer("kept_distribution", torch.zeros(classes))
-        self.register_buffer("branch_scale", torch.ones(2))
-        self.register_buffer("measured", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("seen", text.new_zeros(classes, dtype=torch.bool))
+        self.register_buffer("distribution", text.new_zeros(classes))
+        self.register_buffer("kept_distribution", text.new_zeros(classes))
+        self.register_buffer("branch_scale", text.new_ones(2))
+        self.register_buffer("measured", text.new_zeros((), dtype=torch.bool))
 
     def align(self) -> Tensor:
         """Factor on the prototype branch, scalar: ratio of the branch scales, clamped to [0.01, 100].

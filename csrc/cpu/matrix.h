@@ -10,12 +10,12 @@
 
 namespace ulfine::ULFINE_ISA {
 
-// A tile of kRows x kPanel accumulators, two vectors of B and one of A fill the registers.
+// A tile of kRows x kPanel accumulators, two vectors of B and one of A fit the registers.
 constexpr int64_t kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kWidth;
 constexpr int64_t kRows = kWidth == 16 ? 12 : 6;
 // Steps over k between two passes over the tiles: a tile's share of A then stays in the first-level cache.
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 512;
 // Steps over k that a panel is fetched ahead.
 constexpr int64_t kAhead = 16;
 

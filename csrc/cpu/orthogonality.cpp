@@ -116,7 +116,8 @@ void orthogonality(const Orthogonality& a) {
     }
   }
   const double pairs = static_cast<double>(a.c) * static_cast<double>(a.c - 1);
-  *a.value = static_cast<float>(total / pairs);
+  // The subtraction may round to just below 0; NaN passes.
+  *a.value = static_cast<float>(total < 0.0 ? 0.0 : total / pairs);
 
   const float factor = static_cast<float>(4.0 * a.weight / pairs);
   if (!of_rows)

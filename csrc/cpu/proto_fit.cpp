@@ -41,7 +41,7 @@ void proto_fit(const ProtoFit& a) {
     if (total > 0.0)
       a.distribution[k] =
           a.gamma * a.distribution[k] + (1.0f - a.gamma) * (a.histogram[k] / static_cast<float>(total));
-    largest = a.distribution[k] > largest ? a.distribution[k] : largest;
+    largest = a.distribution[k] <= largest ? largest : a.distribution[k];
   }
 
   int64_t present = 0;

@@ -88,7 +88,7 @@ static inline float cross_entropy_row(float* z, const float* shift, int64_t targ
   return weight * (logf(softmax.total) + (softmax.top - z_target));
 }
 
-// Lowest index of the largest logit and its share of the softmax; label -1 if a logit is not finite.
+// Lowest index of the largest logit and its share of the softmax; label -1 if that share is not finite.
 struct Prediction {
   int64_t label;
   float confidence;
@@ -112,7 +112,7 @@ static inline Prediction predict_row(float* z, const float* shift, float inverse
   for (int64_t i = 0; i < kWidth; ++i)
     if (best[i] == top) label = min(label, where[i]);
   const Softmax softmax = exponentiate(z, shift, n_padded, inverse_temperature);
-  if (!__builtin_isfinite(softmax.total) || label >= n) return {-1, 0.0f};
+  if (!(top > kPadLogit) || !__builtin_isfinite(softmax.total) || label >= n) return {-1, 0.0f};
   return {label, 1.0f / softmax.total};
 }
 

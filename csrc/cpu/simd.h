@@ -3,7 +3,7 @@
 //
 // Everything here lives in a namespace named after the instruction set. Two sets must never share a symbol:
 // the linker would keep one, and AVX-512 code would run on a processor without it. For the same reason the
-// kernels use no templates of the standard library.
+// kernels use no code of the standard library.
 #pragma once
 
 #include <math.h>

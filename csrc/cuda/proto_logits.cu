@@ -36,7 +36,7 @@ __global__ void proto_logits_kernel(const float* __restrict__ features, const fl
     __syncthreads();
   }
   if (row < b && column < c)
-    logits[row * c + column] = scale * product * inverse_norm(x_squared) * inverse_norm(p_squared);
+    logits[row * c + column] = scale * ((product * inverse_norm(x_squared)) * inverse_norm(p_squared));
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ def bank(op: str, name: str, tensor: Tensor, features: Tensor) -> None:
 
 
 def same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
-    """Raise unless every tensor lies where `first` (named `features` in the message) lies."""
+    """Raise unless every tensor lies where `first` lies."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{op}: {name} must be on {first.device} like the rest, got {tensor.device}")

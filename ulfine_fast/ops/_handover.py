@@ -14,7 +14,9 @@ from torch import Tensor
 
 def keep(ctx, gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> None:
     """In forward: keep the `gradients`, and the `inputs` to compute them again from."""
-    if torch.compiler.is_compiling():
+    # Asked once: a compiler may trace backward alone, after a forward pass that ran as it stands.
+    ctx.compiled = torch.compiler.is_compiling()
+    if ctx.compiled:
         # A compiled graph runs backward once per forward and can't forget: it saves the gradients.
         ctx.save_for_backward(*gradients)
         return
@@ -26,7 +28,7 @@ def hand_over(
     ctx, grad: Tensor, again: Callable[[Sequence[Tensor | None]], Sequence[Tensor]]
 ) -> Sequence[Tensor]:
     """In backward: the kept gradients times the scalar `grad`; `again` computes them from the inputs."""
-    if torch.compiler.is_compiling():
+    if ctx.compiled:
         return [gradient * grad for gradient in ctx.saved_tensors]
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:

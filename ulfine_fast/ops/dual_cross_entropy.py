@@ -51,7 +51,8 @@ def dual_cross_entropy_reference(
     shift = zl.new_zeros(())
     if adjustment is not None:
         rows = torch.zeros_like(targets) if group is None else group
-        shift = torch.where(rows[:, None] >= 0, adjustment.to(zl.dtype)[rows.clamp_min(0)], 0.0)
+        known = (rows >= 0) & (rows < adjustment.shape[0])
+        shift = torch.where(known[:, None], adjustment.to(zl.dtype)[torch.where(known, rows, 0)], 0.0)
     branches = (fuse_logits_reference(zl, zt, eta, align),) if fused else (zl, zt)
     target = torch.where(used, targets, 0)
     loss = zl.new_zeros(())
@@ -154,7 +155,7 @@ def dual_cross_entropy(
         features: [B, D] float, any norm up to 1e18, B may be 0 (the loss is then 0).
         targets: [B] int64 below C; a negative one marks a row without label, which is left out.
         linear: [C, D] float; rows of the linear probe.
-        prototypes: [C, D] float that does not require grad; textual prototypes, any norm.
+        prototypes: [C, D] float that does not require grad; textual prototypes, any norm up to 1e18.
         weights: [B] float, the factor of each row; None is 1 / B.
         adjustment: [C] or [G, C] float, added to the logits of a row's group, for example the logarithm of
             the labelled class prior; None is 0. It receives no gradient.
@@ -167,7 +168,7 @@ def dual_cross_entropy(
         backend: None (the selected one), "auto", "reference" or "cpp".
 
     Returns:
-        Scalar loss in nats, float32 (float64 if an input is). NaN if a row that counts is not finite.
+        Scalar loss in nats, float32 (float64 if features or a bank is). NaN if a row that counts is not finite.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, label or range. RuntimeError: the named back end
@@ -182,7 +183,7 @@ def dual_cross_entropy(
     if prototypes.requires_grad:
         raise ValueError(f"{op}: prototypes are fitted, not learned; pass prototypes.detach()")
     _checks.labels(op, "targets", targets, rows, classes)
-    dtype = working_dtype(features, linear, prototypes, weights)
+    dtype = working_dtype(features, linear, prototypes)
     if weights is None:
         weights = torch.full((rows,), 1.0 / max(rows, 1), dtype=dtype, device=features.device)
     _checks.vector(op, "weights", weights, rows, _checks.FLOATS)

@@ -33,7 +33,7 @@ def orthogonality_reference(prototypes: Tensor) -> Tensor:
     else:
         # The same sum from the D x D side, C / D times cheaper.
         total = (unit.T @ unit).square().sum() - unit.square().sum(-1).square().sum()
-    return total / (classes * (classes - 1))
+    return total.clamp_min(0.0) / (classes * (classes - 1))
 
 
 torch.library.define("ulfine::_orthogonality", "(Tensor prototypes) -> (Tensor, Tensor)")
@@ -76,7 +76,7 @@ def orthogonality(prototypes: Tensor, *, backend: str | None = None) -> Tensor:
 
     Returns:
         Scalar in [0, 1], float32 (float64 for float64 input). Work and memory are those of a C x C or of a
-        D x D product, whichever is smaller; sums are accumulated in float64.
+        D x D product, whichever is smaller; the kernel sums in float64. There is no second derivative on the kernel.
 
     Raises:
         ValueError, TypeError: wrong shape or dtype. RuntimeError: the named back end cannot run.

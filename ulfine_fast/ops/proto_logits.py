@@ -75,7 +75,7 @@ def _(grad, features, prototypes, scale, need_features, need_prototypes, backend
         logits = proto_logits_reference(*leaves, scale)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         grads = iter(torch.autograd.grad(logits, wanted, grad))
-    return tuple(next(grads) if leaf.requires_grad else leaf.new_empty(0) for leaf in leaves)
+    return tuple(next(grads).contiguous() if leaf.requires_grad else leaf.new_empty(0) for leaf in leaves)
 
 
 class _ProtoLogits(torch.autograd.Function):
@@ -108,7 +108,7 @@ def proto_logits(
 
     Args:
         features: [B, D] float32, bfloat16, float16 or float64; any norm up to 1e18, B may be 0.
-        prototypes: [C, D] float, C >= 1; any norm.
+        prototypes: [C, D] float, C >= 1; any norm up to 1e18.
         scale: inverse temperature, a finite number above 0.
         backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 

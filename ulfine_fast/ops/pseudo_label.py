@@ -23,7 +23,7 @@ from ulfine_fast.ops._rows import unit_rows, without_autocast, working_dtype
 
 
 class PseudoLabels(NamedTuple):
-    """What `pseudo_label` says of B weak rows over C classes; float64 instead of float32 if an input is."""
+    """What `pseudo_label` says of B weak rows over C classes; float64 instead of float32 if features or a bank is."""
 
     label: Tensor  # [B] int64 in 0..C-1; -1 where the confidence is not finite
     confidence: Tensor  # [B] float32 in [1/C, 1]; 0 where it would not be finite
@@ -156,7 +156,7 @@ def pseudo_label(
     Args:
         features: [B, D] float; weak views, any norm up to 1e18, B may be 0.
         linear: [C, D] float; rows of the linear probe.
-        prototypes: [C, D] float; textual prototypes, any norm.
+        prototypes: [C, D] float; textual prototypes, any norm up to 1e18.
         threshold: confidence from which a row is kept, in [0, 1]; a number, or [C] for one per class.
         align: factor on the prototype branch, finite; a number or a scalar tensor (see `branch_scale`).
         eta: weight of the linear branch in [0, 1].
@@ -219,6 +219,8 @@ def pseudo_label(
 def scalar(op: str, name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` as a scalar tensor beside `like`: device scalars stay on the device, so nothing waits."""
     if not isinstance(value, Tensor):
+        if not abs(value) < float("inf"):
+            raise ValueError(f"{op}: {name} must be finite, got {value:g}")
         return torch.full((), value, dtype=dtype, device=like.device)
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must be a number or a scalar tensor, got {list(value.shape)}")
