@@ -229,3 +229,22 @@ def test_a_resumed_state_continues_bit_by_bit() -> None:
         assert_same_bits(resumed.state_dict()[name], value)
     assert_same_bits(resumed.align(), straight.align())
     assert resumed.align().item() not in (0.01, 1.0, 100.0)
+
+
+def test_transposed_text_features_give_a_state_that_can_be_updated() -> None:
+    text = torch.randn(6, 4).T
+    state = PrototypeState(text)
+    labels = pseudo_label(torch.randn(5, 6), text.contiguous(), state.textual)
+    state.update(
+        torch.randn(3, 6), torch.tensor([0, 1, 1]), labels, mu=0.1, beta=0.9, gamma=0.9, scale_decay=0.9
+    )
+    assert state.seen.tolist() == [True, True, False, False]
+
+
+def test_the_default_dtype_does_not_reach_the_buffers() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = PrototypeState(torch.randn(3, 5))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {t.dtype for t in state.state_dict().values()} == {torch.float32, torch.bool}

@@ -575,3 +575,18 @@ def test_gpu_backends_do_not_have_the_op(name) -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="backend must be auto, reference, .*got 'tpu'"):
         pseudo_label(*inputs(5, 10, 17), backend="tpu")
+
+
+def test_a_row_of_minus_infinities_has_no_label(backend) -> None:
+    linear = torch.full((3, 1), -float("inf"))
+    found = pseudo_label(
+        torch.ones(2, 1), linear, torch.ones(3, 1), eta=1.0, normalize_linear=False, backend=backend
+    )
+    assert found.label.tolist() == [-1, -1]
+    assert not found.keep.any()
+    assert not found.histogram.any()
+
+
+def test_align_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="pseudo_label: align must be finite, got nan"):
+        pseudo_label(torch.ones(2, 1), torch.ones(3, 1), torch.ones(3, 1), align=float("nan"))
