@@ -64,7 +64,7 @@ def fused_step(s: StepInputs, loss_on: str) -> Tensor:
 
 
 def naive_loss(rows, weak, targets, linear, textual, adjustment, threshold: float, loss_on: str):
-    """Loss, pseudo-label histogram and branch scales of the step, as the paper states it."""
+    """Loss, pseudo-label histogram and branch scales of the step, term by term."""
     w, t = F.normalize(linear, dim=-1), F.normalize(textual, dim=-1)
     fixed = t.detach()
 

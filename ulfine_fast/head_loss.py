@@ -19,9 +19,15 @@ from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._handover import hand_over, keep
 from ulfine_fast.ops._rows import working_dtype
-from ulfine_fast.ops.dual_cross_entropy import LOSS_ON, dual_cross_entropy_reference
+from ulfine_fast.ops.dual_cross_entropy import dual_cross_entropy_reference, on_fused
 from ulfine_fast.ops.orthogonality import orthogonality_reference
-from ulfine_fast.ops.pseudo_label import PseudoLabels, limits, pseudo_label_reference, scalar
+from ulfine_fast.ops.pseudo_label import (
+    PseudoLabels,
+    limits,
+    measured_rows,
+    pseudo_label_reference,
+    scalar,
+)
 
 
 def _step_rows(
@@ -161,7 +167,7 @@ def head_loss(
     """Loss of one step and the pseudo-labels it used.
 
     Differentiable in `features`, in `linear` and, through orthogonality alone, in `prototypes`. Strong rows
-    whose weak view was rejected are never computed.
+    whose weak view was rejected take no part; the cpp back end does not compute them.
 
     Args:
         features: [B_l + V B_u, D] float; labelled rows, then V >= 0 strong views of all unlabelled images.
@@ -205,23 +211,15 @@ def head_loss(
         op, features, weak=weak, targets=targets, linear=linear, prototypes=prototypes, threshold=threshold,
         align=align, adjustment=adjustment, strong_adjustment=strong_adjustment,
     )  # fmt: skip
-    _checks.between(op, "eta", eta, 0.0, 1.0)
-    _checks.positive(op, "linear_scale", linear_scale)
-    _checks.positive(op, "proto_scale", proto_scale)
-    _checks.positive(op, "temperature", temperature)
+    _checks.branches(op, eta, linear_scale=linear_scale, proto_scale=proto_scale, temperature=temperature)
     for name, value in (
         ("unlabelled_weight", unlabelled_weight), ("orthogonality_weight", orthogonality_weight)
     ):  # fmt: skip
         _checks.between(op, name, value, 0.0, float("inf"))
-    if scale_rows is not None and scale_rows < 0:
-        raise ValueError(f"{op}: scale_rows must be None or at least 0, got {scale_rows}")
-    if loss_on not in LOSS_ON:
-        raise ValueError(f"{op}: loss_on must be {' or '.join(LOSS_ON)}, got {loss_on!r}")
     shifts = (None if shift is None else shift.detach() for shift in (adjustment, strong_adjustment))
     options = (
         threshold, align, *shifts, float(eta), float(linear_scale), float(proto_scale), float(temperature),
-        normalize_linear, unlabelled if scale_rows is None else min(scale_rows, unlabelled),
-        loss_on == "fused", float(unlabelled_weight), float(orthogonality_weight),
+        normalize_linear, measured_rows(op, scale_rows, unlabelled), on_fused(op, loss_on), float(unlabelled_weight), float(orthogonality_weight),
     )  # fmt: skip
     weak = weak.detach()
     if not orthogonality_weight:

@@ -23,6 +23,13 @@ static inline int64_t block_rows(int64_t rows, int threads) {
 // Padded rows of staging memory per thread that pack_bank() needs: a panel and one to blend from.
 constexpr int64_t kStagingRows = kPanel + 1;
 
+// to = row k of the linear probe, padded, and of unit norm if `normalize`. Returns the inverse norm, or 1.
+static inline float linear_row(const float* linear, int64_t k, int64_t d, bool normalize, float* to) {
+  if (normalize) return unit_row(linear + k * d, d, to);
+  copy_padded(linear + k * d, d, to);
+  return 1.0f;
+}
+
 // Packs a bank whose padded row k `make_row(k, to, spare)` writes; `spare` is a row it may use up.
 //   transposed: for products that sum over D (logits), packed_size(d, c);
 //   packed:     for products that sum over C (gradients of features), packed_size(c, d), or null;

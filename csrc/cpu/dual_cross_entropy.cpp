@@ -41,13 +41,6 @@ Memory layout(Scratch& scratch, int64_t b, int64_t c, int64_t d, int64_t groups,
   return m;
 }
 
-// to = linear row k, a unit row if the probe is a cosine one. Returns the row's inverse norm, or 1.
-float linear_row(const DualCrossEntropy& a, int64_t k, float* to) {
-  if (a.normalize_linear) return unit_row(a.linear + k * a.d, a.d, to);
-  copy_padded(a.linear + k * a.d, a.d, to);
-  return 1.0f;
-}
-
 }  // namespace
 
 int64_t dual_cross_entropy_scratch(int64_t b, int64_t c, int64_t d, int64_t groups, bool fused,
@@ -86,7 +79,7 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
   else
     pack_bank(a.c, a.d, a.threads, m.staging, m.bank[0].transposed, m.bank[0].packed, nullptr,
               [&](int64_t k, float* to, float* text) {
-                linear_row(a, k, to);
+                linear_row(a.linear, k, a.d, a.normalize_linear, to);
                 scale_row(to, on_linear, ldx);
                 if (!a.fused) return;
                 unit_row(a.prototypes + k * a.d, a.d, text);
@@ -141,7 +134,7 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
   if (!need_linear) return;
   parallel(a.c, a.threads, [&](int64_t k, int worker) {
     float *w = m.staging + worker * kStagingRows * ldx, *d_w = m.d_bank + k * ldx;
-    const float inverse = linear_row(a, k, w);
+    const float inverse = linear_row(a.linear, k, a.d, a.normalize_linear, w);
     if (a.normalize_linear) return unit_row_backward(d_w, w, on_linear * inverse, a.d, a.d_linear + k * a.d);
     scale_row(d_w, on_linear, ldx);
     memcpy(a.d_linear + k * a.d, d_w, a.d * sizeof(float));

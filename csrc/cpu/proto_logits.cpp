@@ -70,7 +70,7 @@ void proto_logits_backward(const ProtoLogitsBackward& a) {
   parallel(a.c, a.threads, [&](int64_t k, int) {
     float* row = m.prototypes + k * ld;
     m.inverse[k] = unit_row(a.prototypes + k * a.d, a.d, row);
-    pack_row(row, a.d, a.c, k, m.packed);
+    if (a.d_features != nullptr) pack_row(row, a.d, a.c, k, m.packed);
   });
   if (a.b == 0) memset(m.d_prototypes, 0, a.c * ld * sizeof(float));
   for (int64_t chunk = 0; chunk < a.b; chunk += kChunk) {
@@ -83,7 +83,7 @@ void proto_logits_backward(const ProtoLogitsBackward& a) {
       float inverse[kLargestBlock];
       for (int64_t i = 0; i < rows; ++i) {
         inverse[i] = unit_row(a.features + (chunk + first + i) * a.d, a.d, x + i * ld);
-        pack_row(x + i * ld, a.d, chunk_rows, first + i, m.x_packed);
+        if (a.d_prototypes != nullptr) pack_row(x + i * ld, a.d, chunk_rows, first + i, m.x_packed);
       }
       if (a.d_features == nullptr) return;
       multiply(rows, a.d, a.c, {grad + first * a.c, a.c, 1}, m.packed, d_x, ld, false);

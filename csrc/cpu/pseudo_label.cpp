@@ -95,13 +95,7 @@ void pseudo_label(const PseudoLabel& a) {
   float* bank = a.bank != nullptr ? a.bank->transposed : m.fused;
   pack_bank(a.c, a.d, a.threads, m.staging, bank, a.bank != nullptr ? a.bank->packed : nullptr, nullptr,
             [&](int64_t k, float* to, float* text) {
-              const float* linear = a.linear + k * a.d;
-              float inverse = 1.0f;
-              if (a.normalize_linear)
-                inverse = unit_row(linear, a.d, to);
-              else
-                copy_padded(linear, a.d, to);
-              m.factor[0][k] = a.linear_scale * inverse;
+              m.factor[0][k] = a.linear_scale * linear_row(a.linear, k, a.d, a.normalize_linear, to);
               scale_row(to, on_linear, ldx);
               m.factor[1][k] = a.proto_scale * unit_row(a.prototypes + k * a.d, a.d, text);
               add_scaled(to, text, on_proto, ldx);

@@ -78,5 +78,12 @@ def positive(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} must be a finite number above 0, got {value:g}")
 
 
+def branches(op: str, eta: float, **scales: float) -> None:
+    """Raise unless `eta` is in [0, 1] and every scale is a finite number above zero."""
+    between(op, "eta", eta, 0.0, 1.0)
+    for name, value in scales.items():
+        positive(op, name, value)
+
+
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

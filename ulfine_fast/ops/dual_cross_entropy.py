@@ -147,9 +147,9 @@ def dual_cross_entropy(
 ) -> Tensor:
     """Weighted sum of the cross-entropies of B rows, differentiable in `features` and `linear`.
 
-    Rows of weight 0 and rows with a negative target are never computed, so pass strong views with
-    `weights = keep / B_u` and pay for the kept ones alone. No [B, C] matrix is held beyond a chunk of rows;
-    the gradients are computed along with the loss, so a second derivative is not available.
+    Rows of weight 0 and rows with a negative target take no part, so pass strong views with
+    `weights = keep / B_u`. The cpp back end does not compute them, holds logits of a chunk of rows at a time,
+    and computes the gradients along with the loss: a second derivative is not available there.
 
     Args:
         features: [B, D] float, any norm up to 1e18, B may be 0 (the loss is then 0).
@@ -208,11 +208,7 @@ def dual_cross_entropy(
         group=group,
         align=align,
     )
-    _checks.between(op, "eta", eta, 0.0, 1.0)
-    _checks.positive(op, "linear_scale", linear_scale)
-    _checks.positive(op, "proto_scale", proto_scale)
-    if loss_on not in LOSS_ON:
-        raise ValueError(f"{op}: loss_on must be {' or '.join(LOSS_ON)}, got {loss_on!r}")
+    _checks.branches(op, eta, linear_scale=linear_scale, proto_scale=proto_scale)
     weights = weights.detach()
     options = (
         weights,
@@ -222,7 +218,7 @@ def dual_cross_entropy(
         float(eta),
         float(linear_scale),
         float(proto_scale),
-        loss_on == "fused",
+        on_fused(op, loss_on),
         normalize_linear,
     )
     if choose(op, features, dtype, backend) == "reference":
@@ -231,3 +227,10 @@ def dual_cross_entropy(
         # Or the op would compute gradients that nobody asks for.
         features, linear = features.detach(), linear.detach()
     return _DualCrossEntropy.apply(features, linear, targets, prototypes, *options)
+
+
+def on_fused(op: str, loss_on: str) -> bool:
+    """Whether `loss_on` asks for the fused logits."""
+    if loss_on not in LOSS_ON:
+        raise ValueError(f"{op}: loss_on must be {' or '.join(LOSS_ON)}, got {loss_on!r}")
+    return loss_on == "fused"

@@ -151,7 +151,7 @@ def pseudo_label(
 ) -> PseudoLabels:
     """Label, confidence and keep mask of weak views, with the counts and scales that estimators need.
 
-    Never differentiates and never holds a [B, C] matrix of logits beyond a chunk of rows.
+    Never differentiates. The cpp back end holds logits of a chunk of rows at a time.
 
     Args:
         features: [B, D] float; weak views, any norm up to 1e18, B may be 0.
@@ -184,16 +184,7 @@ def pseudo_label(
     threshold = limits(op, threshold, classes, features, dtype)
     align = scalar(op, "align", align, features, dtype)
     _checks.same_device(op, features, linear=linear, prototypes=prototypes, threshold=threshold, align=align)
-    _checks.between(op, "eta", eta, 0.0, 1.0)
-    for name, value in (
-        ("linear_scale", linear_scale),
-        ("proto_scale", proto_scale),
-        ("temperature", temperature),
-    ):
-        _checks.positive(op, name, value)
-    if scale_rows is not None and scale_rows < 0:
-        raise ValueError(f"{op}: scale_rows must be None or at least 0, got {scale_rows}")
-    rows = features.shape[0] if scale_rows is None else min(scale_rows, features.shape[0])
+    _checks.branches(op, eta, linear_scale=linear_scale, proto_scale=proto_scale, temperature=temperature)
     arguments = (
         features,
         linear,
@@ -205,7 +196,7 @@ def pseudo_label(
         float(proto_scale),
         float(temperature),
         normalize_linear,
-        rows,
+        measured_rows(op, scale_rows, features.shape[0]),
     )
     if choose(op, features, dtype, backend) == "reference":
         return pseudo_label_reference(*arguments)
@@ -235,3 +226,10 @@ def limits(op: str, threshold: float | Tensor, classes: int, like: Tensor, dtype
         return threshold.reshape(-1)
     _checks.between(op, "threshold", threshold, 0.0, 1.0)
     return torch.full((1,), threshold, dtype=dtype, device=like.device)
+
+
+def measured_rows(op: str, scale_rows: int | None, rows: int) -> int:
+    """How many of `rows` rows the branch scales are measured on."""
+    if scale_rows is not None and scale_rows < 0:
+        raise ValueError(f"{op}: scale_rows must be None or at least 0, got {scale_rows}")
+    return rows if scale_rows is None else min(scale_rows, rows)
