@@ -1,7 +1,8 @@
-"""How the benchmarks measure: one process, providers interleaved, medians and their spread.
+"""How the benchmarks measure: one process, providers in turn, medians and their spread.
 
-A machine that others use drifts; a ratio within one interleaved run does not. With one thread the clock is the
-thread's own CPU time, with more it is wall time.
+A machine that others use drifts; a ratio within one round does not. In a round every provider is called a few
+times in a row, as a training loop calls its step: the first call finds caches that its rivals have filled and
+is reported apart, as cold. With one thread the clock is the thread's own CPU time, with more it is wall time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import torch
 from ulfine_fast import _native
 
 REPORT: list[dict] = []
+
+# Calls of a provider in a round after the cold one.
+WARM_CALLS = 4
 
 
 def peak_memory(function: Callable[[], object]) -> float | None:
@@ -54,31 +58,39 @@ def interleaved(
     providers: dict[str, Callable[[], object]],
     reset: Callable[[str], None],
     threads: int,
-    seconds: float = 6.0,
+    seconds: float = 10.0,
 ) -> dict[str, dict[str, float]]:
     """Times of all providers, taken in turn for about `seconds`, with the ratio of each to the first.
 
-    `reset(name)` restores what a call of that provider changed, outside the clock. The ratio is the median
-    over rounds of the ratio within a round.
+    `reset(name)` restores what a call of that provider changed, outside the clock. A round gives a provider one
+    cold time and the median of its warm ones; the ratio is the median over rounds of the ratio within a round.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
-    for name, function in providers.items():
+
+    def call(name: str) -> float:
+        reset(name)
+        start = clock()
+        providers[name]()
+        return (clock() - start) * 1e3
+
+    for name in providers:
         for _ in range(3):
-            reset(name)
-            function()
-    times: dict[str, list[float]] = {name: [] for name in providers}
+            call(name)
+    warm: dict[str, list[float]] = {name: [] for name in providers}
+    cold: dict[str, list[float]] = {name: [] for name in providers}
+    first = next(iter(providers))
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 12:
-        for name, function in providers.items():
-            reset(name)
-            start = clock()
-            function()
-            times[name].append((clock() - start) * 1e3)
-    first = times[next(iter(times))]
+    while time.perf_counter() < end or len(warm[first]) < 8:
+        for name in providers:
+            cold[name].append(call(name))
+            warm[name].append(statistics.median(call(name) for _ in range(WARM_CALLS)))
     rows = {}
-    for name, measured in times.items():
-        ratios = [theirs / ours for theirs, ours in zip(measured, first, strict=True)]
-        rows[name] = quantiles(measured) | {f"ratio_{k}": v for k, v in quantiles(ratios).items()}
+    for name in providers:
+        row = quantiles(warm[name]) | {"cold_p50": statistics.median(cold[name])}
+        for prefix, times in (("ratio", warm), ("cold_ratio", cold)):
+            ratios = [theirs / ours for theirs, ours in zip(times[name], times[first], strict=True)]
+            row |= {f"{prefix}_{k}": v for k, v in quantiles(ratios).items()}
+        rows[name] = row
     return rows
 
 
@@ -143,7 +155,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
             peak = "" if row["peak_mib"] is None else f"  peak {row['peak_mib']:7.1f} MiB"
             terminalreporter.write_line(
                 f"  {provider:16} {row['p50']:9.3f} ms [{row['p20']:.3f}, {row['p80']:.3f}]"
-                f"  {row['ratio_p50']:6.2f}x [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]{peak}"
+                f"  {row['ratio_p50']:6.2f}x [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]"
+                f"  cold {row['cold_p50']:.3f} ms {row['cold_ratio_p50']:.2f}x{peak}"
             )
     path = os.environ.get("ULFINE_BENCHMARK_JSON")
     if path and REPORT:

@@ -48,7 +48,8 @@ def op_table(contests: list[dict]) -> str:
 
 
 def _ratio(row: dict) -> str:
-    return f"{row['ratio_p50']:.2f}x [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]"
+    spread = f"[{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]"
+    return f"{row['ratio_p50']:.2f}x {spread}, {row['cold_ratio_p50']:.2f}x cold"
 
 
 if __name__ == "__main__":

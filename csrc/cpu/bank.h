@@ -9,9 +9,9 @@
 namespace ulfine::ULFINE_ISA {
 
 // Most rows of a task: a bank that does not fit the second-level cache is read once for each.
-constexpr int64_t kLargestBlock = 192;
+constexpr int64_t kLargestBlock = 48;
 // Rows between two updates of a bank's gradient.
-constexpr int64_t kChunk = 2 * kLargestBlock;
+constexpr int64_t kChunk = 8 * kLargestBlock;
 
 // Rows per task, whole tiles and at most kLargestBlock, so that the threads get equal shares. No result
 // depends on it: a row is computed alone, and sums over rows keep their order.
@@ -32,34 +32,53 @@ static inline float linear_row(const float* linear, int64_t k, int64_t d, bool n
 
 // Packs a bank whose padded row k `make_row(k, to, spare)` writes; `spare` is a row it may use up.
 //   transposed: for products that sum over D (logits), packed_size(d, c);
-//   packed:     for products that sum over C (gradients of features), packed_size(c, d), or null;
-//   rows:       keeps the rows, [C, padded D], or is null.
+//   packed:     for products that sum over C (gradients of features), packed_size(c, d), or null.
 template <class MakeRow>
 static void pack_bank(int64_t c, int64_t d, int threads, float* staging, float* transposed, float* packed,
-                      float* rows, const MakeRow& make_row) {
+                      const MakeRow& make_row) {
   const int64_t ld = padded(d);
   parallel(ceil_div(c, kPanel), threads, [&](int64_t task, int worker) {
     const int64_t j = task * kPanel;
-    float* own = staging + worker * kStagingRows * ld;
-    float* panel_rows = rows != nullptr ? rows + j * ld : own;
+    float* rows = staging + worker * kStagingRows * ld;
     for (int64_t k = j; k < min(j + kPanel, c); ++k) {
-      float* row = panel_rows + (k - j) * ld;
-      make_row(k, row, own + kPanel * ld);
+      float* row = rows + (k - j) * ld;
+      make_row(k, row, rows + kPanel * ld);
       if (packed != nullptr) pack_row(row, d, c, k, packed);
     }
     // pack_transposed() counts rows from the bank's first.
-    pack_transposed(panel_rows - j * ld, ld, c, d, j, transposed);
+    pack_transposed(rows - j * ld, ld, c, d, j, transposed);
   });
 }
 
-// to[C, padded D] (+)= Z' X over m rows, the gradient of a bank: Z[m, C] row-major, X packed.
-static inline void bank_gradient(int64_t m, int64_t c, int64_t d, const float* z, int64_t ldz,
-                                 const float* x_packed, float* to, bool accumulate, int threads) {
+// Class rows per task of a bank's gradient: three cache lines of a row of Z, whole tiles.
+constexpr int64_t kBankRows = 48;
+static_assert(kBankRows % kRows == 0);
+
+// The gradient Z' X of a bank, added up over chunks of at most kChunk rows.
+struct BankGradient {
+  float *columns, *sums;  // per thread a task's part of Z; sums over the chunks so far
+};
+
+static inline BankGradient bank_gradient_layout(Scratch& scratch, int64_t c, int64_t d, int threads) {
+  return {scratch.take(threads * kBankRows * kChunk),
+          scratch.take(max(c, threads * kBankRows) * padded(d))};
+}
+
+// Adds a chunk of m rows: Z[m, C] row-major, X packed. With the last chunk, `finish(k, row, worker)` gets the
+// padded row k of the gradient while it lies in the cache; it may use the row up.
+template <class Finish>
+static void bank_gradient(const BankGradient& memory, int64_t m, int64_t c, int64_t d, const float* z,
+                          int64_t ldz, const float* x_packed, bool first, bool last, int threads,
+                          const Finish& finish) {
   const int64_t ld = padded(d);
-  const int64_t block = block_rows(c, threads);
-  parallel(ceil_div(c, block), threads, [&](int64_t task, int) {
-    const int64_t k = task * block;
-    multiply(min(block, c - k), d, m, {z + k, 1, ldz}, x_packed, to + k * ld, ld, accumulate);
+  parallel(ceil_div(c, kBankRows), threads, [&](int64_t task, int worker) {
+    const int64_t k = task * kBankRows, rows = min(kBankRows, c - k);
+    // What no later chunk adds to need not be kept.
+    float* sums = memory.sums + (first && last ? worker * kBankRows : k) * ld;
+    const Operand left = gather_columns(z + k, ldz, rows, m, memory.columns + worker * kBankRows * kChunk);
+    multiply(rows, d, m, left, x_packed, sums, ld, !first);
+    if (!last) return;
+    for (int64_t i = 0; i < rows; ++i) finish(k + i, sums + i * ld, worker);
   });
 }
 

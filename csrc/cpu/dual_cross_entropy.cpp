@@ -14,14 +14,15 @@ struct Memory {
   int64_t chunk;  // rows whose logits exist at a time
   PackedBank bank[2];
   int64_t* row;
-  float *staging, *shift, *loss, *x, *x_packed, *z, *d_x, *d_bank;
+  float *staging, *shift, *loss, *x, *x_packed, *z, *d_x;
+  BankGradient d_linear;
 };
 
 Memory layout(Scratch& scratch, int64_t b, int64_t c, int64_t d, int64_t groups, bool fused,
               bool need_features, bool need_linear, int threads) {
   const int64_t ldx = padded(d), ldz = padded(c);
   Memory m{};
-  m.chunk = min(kChunk, round_up(b, kRows));
+  m.chunk = min(kChunk, round_up(max(b, 1), kRows));
   const int64_t block = min(m.chunk, kLargestBlock);
   for (int i = 0; i < (fused ? 1 : 2); ++i) {
     m.bank[i].transposed = scratch.take(packed_size(d, c));
@@ -36,7 +37,7 @@ Memory layout(Scratch& scratch, int64_t b, int64_t c, int64_t d, int64_t groups,
   if (need_features) m.d_x = scratch.take(threads * block * ldx);
   if (need_linear) {
     m.x_packed = scratch.take(packed_size(m.chunk, d));
-    m.d_bank = scratch.take(c * ldx);
+    m.d_linear = bank_gradient_layout(scratch, c, d, threads);
   }
   return m;
 }
@@ -77,7 +78,7 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
   if (a.bank != nullptr)
     m.bank[0] = {a.bank->transposed, a.bank->packed};
   else
-    pack_bank(a.c, a.d, a.threads, m.staging, m.bank[0].transposed, m.bank[0].packed, nullptr,
+    pack_bank(a.c, a.d, a.threads, m.staging, m.bank[0].transposed, m.bank[0].packed,
               [&](int64_t k, float* to, float* text) {
                 linear_row(a.linear, k, a.d, a.normalize_linear, to);
                 scale_row(to, on_linear, ldx);
@@ -86,14 +87,14 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
                 add_scaled(to, text, on_proto, ldx);
               });
   if (!a.fused)
-    pack_bank(a.c, a.d, a.threads, m.staging, m.bank[1].transposed, m.bank[1].packed, nullptr,
+    pack_bank(a.c, a.d, a.threads, m.staging, m.bank[1].transposed, m.bank[1].packed,
               [&](int64_t k, float* to, float*) {
                 unit_row(a.prototypes + k * a.d, a.d, to);
                 scale_row(to, on_proto, ldx);
               });
 
-  if (need_linear && used == 0) memset(m.d_bank, 0, a.c * ldx * sizeof(float));
-  for (int64_t chunk = 0; chunk < used; chunk += m.chunk) {
+  // Without a row there is one empty chunk, which makes the gradient of the linear bank zero.
+  for (int64_t chunk = 0; chunk == 0 || chunk < used; chunk += m.chunk) {
     const int64_t chunk_rows = min(m.chunk, used - chunk);
     const int64_t block = block_rows(chunk_rows, a.threads), largest = min(m.chunk, kLargestBlock);
     parallel(ceil_div(chunk_rows, block), a.threads, [&](int64_t task, int worker) {
@@ -108,7 +109,7 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
       }
       for (int bank = 0; bank < banks; ++bank) {
         float* z = m.z + (bank * m.chunk + first) * ldz;
-        multiply(rows, a.c, a.d, {x, ldx, 1}, m.bank[bank].transposed, z, ldz, false);
+        multiply(rows, a.c, a.d, row_major(x, ldx), m.bank[bank].transposed, z, ldz, false);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t g = a.group != nullptr ? a.group[row[i]] : 0;
           const float* shift = m.shift + (g < 0 || g >= a.groups ? 0 : g + 1) * ldz;
@@ -118,27 +119,25 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
       if (!need_features) return;
       float* d_x = m.d_x + worker * largest * ldx;
       for (int bank = 0; bank < banks; ++bank)
-        multiply(rows, a.d, a.c, {m.z + (bank * m.chunk + first) * ldz, ldz, 1}, m.bank[bank].packed, d_x,
+        multiply(rows, a.d, a.c, row_major(m.z + (bank * m.chunk + first) * ldz, ldz), m.bank[bank].packed, d_x,
                  ldx, bank > 0);
       for (int64_t i = 0; i < rows; ++i)
         unit_row_backward(d_x + i * ldx, x + i * ldx, inverse[i], a.d, a.d_features + row[i] * a.d);
     });
-    if (need_linear)
-      bank_gradient(chunk_rows, a.c, a.d, m.z, ldz, m.x_packed, m.d_bank, chunk > 0, a.threads);
+    if (!need_linear) continue;
+    bank_gradient(m.d_linear, chunk_rows, a.c, a.d, m.z, ldz, m.x_packed, chunk == 0,
+                  chunk + chunk_rows == used, a.threads, [&](int64_t k, float* row, int worker) {
+                    float *w = m.staging + worker * kStagingRows * ldx, *to = a.d_linear + k * a.d;
+                    const float inverse = linear_row(a.linear, k, a.d, a.normalize_linear, w);
+                    if (a.normalize_linear) return unit_row_backward(row, w, on_linear * inverse, a.d, to);
+                    scale_row(row, on_linear, ldx);
+                    memcpy(to, row, a.d * sizeof(float));
+                  });
   }
 
   double loss = 0.0;
   for (int64_t i = 0; i < used; ++i) loss += m.loss[i];
   *a.loss = static_cast<float>(loss);
-
-  if (!need_linear) return;
-  parallel(a.c, a.threads, [&](int64_t k, int worker) {
-    float *w = m.staging + worker * kStagingRows * ldx, *d_w = m.d_bank + k * ldx;
-    const float inverse = linear_row(a.linear, k, a.d, a.normalize_linear, w);
-    if (a.normalize_linear) return unit_row_backward(d_w, w, on_linear * inverse, a.d, a.d_linear + k * a.d);
-    scale_row(d_w, on_linear, ldx);
-    memcpy(a.d_linear + k * a.d, d_w, a.d * sizeof(float));
-  });
 }
 
 }  // namespace ulfine::ULFINE_ISA

@@ -1,9 +1,9 @@
 // Matrix products over packed operands: C[m, n] (+)= A[m, k] B[k, n].
 //
 // B is packed into panels of kPanel columns, row k of a panel contiguous, the last panel padded with zeros to
-// whole vectors: panel j starts at packed + depth * j * kPanel. A is read in place, one scalar at a time,
-// with any pair of strides. Each element of C is summed over k in ascending order in one accumulator, so its
-// bits depend neither on tiling nor on threads.
+// whole vectors: panel j starts at packed + depth * j * kPanel. A is read one scalar at a time, in place or
+// from columns that were gathered. Each element of C is summed over k in ascending order in one accumulator,
+// so its bits depend neither on tiling nor on threads.
 #pragma once
 
 #include "simd.h"
@@ -21,17 +21,27 @@ constexpr int64_t kAhead = 16;
 
 static inline int64_t packed_size(int64_t depth, int64_t columns) { return depth * padded(columns); }
 
+// The left operand: A[i][k] = data[i / kRows * tile + i % kRows * row + k * step].
 struct Operand {
   const float* data;
-  int64_t row, step;  // A[i][k] = data[i * row + k * step]
+  int64_t tile, row, step;
 };
+
+static inline Operand row_major(const float* rows, int64_t ld) { return {rows, kRows * ld, ld, 1}; }
 
 template <int M, int V>
 static void tile(Operand a, const float* panel, int64_t width, int64_t depth, float* c, int64_t ldc,
                  bool accumulate) {
   Vec acc[M][V];
   for (int i = 0; i < M; ++i)
-    for (int v = 0; v < V; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * kWidth) : Vec{};
+    for (int v = 0; v < V; ++v) acc[i][v] = Vec{};
+  if (accumulate)
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < V; ++v) acc[i][v] = load(c + i * ldc + v * kWidth);
+  // An address takes once and twice the stride for free: a pointer for every third row saves registers.
+  constexpr int kGroups = (M + 2) / 3;
+  const float* row[kGroups];
+  for (int g = 0; g < kGroups; ++g) row[g] = a.data + 3 * g * a.row;
   for (int64_t k = 0; k < depth; ++k) {
     Vec b[V];
     for (int v = 0; v < V; ++v) {
@@ -39,12 +49,12 @@ static void tile(Operand a, const float* panel, int64_t width, int64_t depth, fl
       // A panel that lies beyond the second-level cache is fetched ahead, also across the end of a page.
       __builtin_prefetch(panel + (k + kAhead) * width + v * kWidth);
     }
-    const float* column = a.data + k * a.step;
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const Vec x = splat(column[i * a.row]);
+      const Vec x = splat(row[i / 3][i % 3 * a.row]);
       for (int v = 0; v < V; ++v) acc[i][v] += x * b[v];
     }
+    for (int g = 0; g < kGroups; ++g) row[g] += a.step;
   }
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < V; ++v) store(c + i * ldc + v * kWidth, acc[i][v]);
@@ -69,25 +79,14 @@ static inline void multiply(int64_t m, int64_t n, int64_t depth, Operand a, cons
     for (int64_t i = 0; i < m; ++i) memset(c + i * ldc, 0, padded(n) * sizeof(float));
     return;
   }
-  alignas(64) float columns[kDepth * kRows];
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t steps = min(kDepth, depth - k);
     for (int64_t i = 0; i < m; i += kRows) {
-      const int64_t rows = min(kRows, m - i);
-      Operand part = {a.data + i * a.row + k * a.step, a.row, a.step};
-      if (a.row == 1) {
-        // A row of A spreads over as many cache lines as it is long: a tile's rows are gathered once for all
-        // panels.
-        for (int64_t s = 0; s < steps; ++s) {
-          __builtin_prefetch(part.data + (s + kAhead) * a.step);
-          memcpy(columns + s * kRows, part.data + s * a.step, (rows == kRows ? kRows : rows) * sizeof(float));
-        }
-        part = {columns, 1, kRows};
-      }
+      const Operand part = {a.data + i / kRows * a.tile + k * a.step, a.tile, a.row, a.step};
       for (int64_t j = 0; j < n; j += kPanel) {
         const int64_t width = min(kPanel, padded(n) - j);
-        tile_rows<kRows>(rows, width / kWidth, part, packed + depth * j + k * width, width, steps,
-                         c + i * ldc + j, ldc, accumulate || k > 0);
+        tile_rows<kRows>(min(kRows, m - i), width / kWidth, part, packed + depth * j + k * width, width,
+                         steps, c + i * ldc + j, ldc, accumulate || k > 0);
       }
     }
   }
@@ -115,6 +114,19 @@ static inline void pack_row(const float* row, int64_t n, int64_t depth, int64_t 
     float* to = packed + depth * j + k * width;
     for (int64_t v = 0; v < width; v += kWidth) store(to + v, load(row + j + v));
   }
+}
+
+// Columns of Z[depth, ld] as the rows of a left operand. In place, each of them would spread over as many cache
+// lines as it is long. `to` has room for round_up(count, kRows) * depth floats.
+static inline Operand gather_columns(const float* z, int64_t ld, int64_t count, int64_t depth, float* to) {
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* row = z + k * ld;
+    int64_t i = 0;
+    for (; i + kRows <= count; i += kRows)
+      memcpy(to + i * depth + k * kRows, row + i, kRows * sizeof(float));
+    if (i < count) memcpy(to + i * depth + k * kRows, row + i, (count - i) * sizeof(float));
+  }
+  return {to, kRows * depth, 1, kRows};
 }
 
 }  // namespace ulfine::ULFINE_ISA

@@ -9,57 +9,60 @@ namespace ulfine::ULFINE_ISA {
 
 namespace {
 
-// Rows per task of a triangle: the less, the less of it lies beyond the diagonal.
-constexpr int64_t kTriangleRows = 48;
-
 struct Memory {
   // `packed` is the right-hand side of the gradient's product: the unit rows, or the D x D Gram matrix.
-  float *unit, *inverse, *transposed, *packed, *gram, *product, *staging;
-  double* partial;
+  float *inverse, *transposed, *packed, *columns, *gram, *product, *staging;
+  double *partial, *fourth;  // of the rows of the Gram matrix: squares; of the unit rows: |u|^4
 };
 
 Memory layout(Scratch& scratch, int64_t c, int64_t d, int threads) {
   const int64_t ld = padded(d), side = min(c, d);
   Memory m{};
-  m.unit = scratch.take(c * ld);
   m.inverse = scratch.take(c);
   m.gram = scratch.take(side * padded(side));
   m.partial = reinterpret_cast<double*>(scratch.take_indices(side));
-  m.product = scratch.take(threads * block_rows(c, threads) * ld);
+  m.fourth = reinterpret_cast<double*>(scratch.take_indices(c));
+  m.product = scratch.take(threads * kBankRows * ld);
   m.packed = scratch.take(packed_size(c, d));
-  if (c <= d) {
+  m.staging = scratch.take(threads * kStagingRows * ld);
+  if (c <= d)
     m.transposed = scratch.take(packed_size(d, c));
-    m.staging = scratch.take(threads * kStagingRows * ld);
-  }
+  else
+    m.columns = scratch.take(threads * round_up(kPanel, kRows) * c);
   return m;
 }
 
-// Lower triangle of unit unit', [C, padded C].
+// Lower triangle of unit unit', [C, padded C], and the unit rows, packed.
 void gram_of_rows(const Orthogonality& a, const Memory& m) {
-  const int64_t ld = padded(a.d), ldg = padded(a.c);
-  pack_bank(a.c, a.d, a.threads, m.staging, m.transposed, m.packed, m.unit,
-            [&](int64_t k, float* to, float*) { m.inverse[k] = unit_row(a.prototypes + k * a.d, a.d, to); });
-  parallel(ceil_div(a.c, kTriangleRows), a.threads, [&](int64_t task, int) {
-    const int64_t first = task * kTriangleRows, rows = min(kTriangleRows, a.c - first);
+  const int64_t ldg = padded(a.c);
+  pack_bank(a.c, a.d, a.threads, m.staging, m.transposed, m.packed, [&](int64_t k, float* to, float*) {
+    m.inverse[k] = unit_row(a.prototypes + k * a.d, a.d, to);
+  });
+  parallel(ceil_div(a.c, kBankRows), a.threads, [&](int64_t task, int) {
+    const int64_t first = task * kBankRows, rows = min(kBankRows, a.c - first);
     // Whole panels up to the diagonal: a cut one would be read with the wrong width.
     const int64_t columns = min(round_up(first + rows, kPanel), a.c);
-    multiply(rows, columns, a.d, {m.unit + first * ld, ld, 1}, m.transposed, m.gram + first * ldg, ldg,
-             false);
+    float* gram = m.gram + first * ldg;
+    multiply(rows, columns, a.d, row_major(a.prototypes + first * a.d, a.d), m.transposed, gram, ldg, false);
+    for (int64_t i = 0; i < rows; ++i) scale_row(gram + i * ldg, m.inverse[first + i], padded(columns));
   });
 }
 
 // Lower triangle of unit' unit, [D, padded D].
 void gram_of_columns(const Orthogonality& a, const Memory& m) {
   const int64_t ld = padded(a.d);
-  parallel(a.c, a.threads, [&](int64_t k, int) {
-    float* row = m.unit + k * ld;
+  parallel(a.c, a.threads, [&](int64_t k, int worker) {
+    float* row = m.staging + worker * kStagingRows * ld;
     m.inverse[k] = unit_row(a.prototypes + k * a.d, a.d, row);
+    const double squared = sum_of_squares(row, a.d);
+    m.fourth[k] = squared * squared;
     pack_row(row, a.d, a.c, k, m.packed);
   });
-  parallel(ceil_div(a.d, kTriangleRows), a.threads, [&](int64_t task, int) {
-    const int64_t first = task * kTriangleRows, rows = min(kTriangleRows, a.d - first);
-    const int64_t columns = min(round_up(first + rows, kPanel), a.d);
-    multiply(rows, columns, a.c, {m.unit + first, 1, ld}, m.packed, m.gram + first * ld, ld, false);
+  parallel(ceil_div(a.d, kPanel), a.threads, [&](int64_t task, int worker) {
+    const int64_t first = task * kPanel, rows = min(kPanel, a.d - first);
+    float* own = m.columns + worker * round_up(kPanel, kRows) * a.c;
+    const Operand left = gather_columns(m.packed + a.c * first, min(kPanel, ld - first), rows, a.c, own);
+    multiply(rows, first + rows, a.c, left, m.packed, m.gram + first * ld, ld, false);
   });
 }
 
@@ -109,12 +112,8 @@ void orthogonality(const Orthogonality& a) {
   });
   double total = 0.0;
   for (int64_t i = 0; i < side; ++i) total += m.partial[i];
-  if (!of_rows) {
-    for (int64_t k = 0; k < a.c; ++k) {
-      const double squared = sum_of_squares(m.unit + k * ld, a.d);
-      total -= squared * squared;
-    }
-  }
+  if (!of_rows)
+    for (int64_t k = 0; k < a.c; ++k) total -= m.fourth[k];
   const double pairs = static_cast<double>(a.c) * static_cast<double>(a.c - 1);
   // The subtraction may round to just below 0; NaN passes.
   *a.value = static_cast<float>(total < 0.0 ? 0.0 : total / pairs);
@@ -122,16 +121,20 @@ void orthogonality(const Orthogonality& a) {
   const float factor = static_cast<float>(4.0 * a.weight / pairs);
   if (!of_rows)
     parallel(side, a.threads, [&](int64_t i, int) { pack_row(m.gram + i * ldg, a.d, a.d, i, m.packed); });
-  const int64_t block = block_rows(a.c, a.threads);
-  parallel(ceil_div(a.c, block), a.threads, [&](int64_t task, int worker) {
-    const int64_t first = task * block, rows = min(block, a.c - first);
-    float* product = m.product + worker * block * ld;
+  parallel(ceil_div(a.c, kBankRows), a.threads, [&](int64_t task, int worker) {
+    const int64_t first = task * kBankRows, rows = min(kBankRows, a.c - first);
+    float *product = m.product + worker * kBankRows * ld, *unit = m.staging + worker * kStagingRows * ld;
     const Operand left =
-        of_rows ? Operand{m.gram + first * ldg, ldg, 1} : Operand{m.unit + first * ld, ld, 1};
+        of_rows ? row_major(m.gram + first * ldg, ldg) : row_major(a.prototypes + first * a.d, a.d);
     multiply(rows, a.d, side, left, m.packed, product, ld, false);
-    for (int64_t i = 0; i < rows; ++i)
-      unit_row_backward(product + i * ld, m.unit + (first + i) * ld, factor * m.inverse[first + i], a.d,
-                        a.gradient + (first + i) * a.d);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float inverse = m.inverse[first + i];
+      const float* row = a.prototypes + (first + i) * a.d;
+      if (!of_rows) scale_row(product + i * ld, inverse, ld);
+      copy_padded(row, a.d, unit);
+      scale_row(unit, inverse, ld);
+      unit_row_backward(product + i * ld, unit, factor * inverse, a.d, a.gradient + (first + i) * a.d);
+    }
   });
 }
 

@@ -66,7 +66,7 @@ void measure_scales(const PseudoLabel& a, const Memory& m, int64_t rounded) {
           *z = m.z + worker * max(m.block * padded(a.c), a.c * kPanel);
     pack_transposed(own, ldx, kPanel, a.d, 0, panel);
     for (int branch = 0; branch < 2; ++branch) {
-      multiply(a.c, kPanel, a.d, {branch == 0 ? a.linear : a.prototypes, a.d, 1}, panel, z, kPanel, false);
+      multiply(a.c, kPanel, a.d, row_major(branch == 0 ? a.linear : a.prototypes, a.d), panel, z, kPanel, false);
       spread_of_columns(z, m.factor[branch], a.c, m.spread + branch * rounded + first);
     }
   });
@@ -93,7 +93,7 @@ void pseudo_label(const PseudoLabel& a) {
   const float on_linear = a.eta * a.linear_scale;
   const float on_proto = (1.0f - a.eta) * a.align * a.proto_scale;
   float* bank = a.bank != nullptr ? a.bank->transposed : m.fused;
-  pack_bank(a.c, a.d, a.threads, m.staging, bank, a.bank != nullptr ? a.bank->packed : nullptr, nullptr,
+  pack_bank(a.c, a.d, a.threads, m.staging, bank, a.bank != nullptr ? a.bank->packed : nullptr,
             [&](int64_t k, float* to, float* text) {
               m.factor[0][k] = a.linear_scale * linear_row(a.linear, k, a.d, a.normalize_linear, to);
               scale_row(to, on_linear, ldx);
@@ -110,7 +110,7 @@ void pseudo_label(const PseudoLabel& a) {
     float *x = m.x + worker * m.block * ldx, *z = m.z + worker * max(m.block * ldz, a.c * kPanel);
     for (int64_t i = 0; i < rows; ++i) unit_row(a.features + (first + i) * a.d, a.d, x + i * ldx);
 
-    multiply(rows, a.c, a.d, {x, ldx, 1}, bank, z, ldz, false);
+    multiply(rows, a.c, a.d, row_major(x, ldx), bank, z, ldz, false);
     for (int64_t i = 0; i < rows; ++i) {
       const Prediction p = predict_row(z + i * ldz, m.shift, inverse_temperature, a.c, ldz);
       const float limit = a.threshold[a.thresholds > 1 && p.label >= 0 ? p.label : 0];

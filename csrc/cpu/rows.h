@@ -34,16 +34,25 @@ static inline void add_scaled(float* y, const float* x, float factor, int64_t n_
   for (int64_t i = 0; i < n_padded; i += kWidth) store(y + i, load(y + i) + load(x + i) * splat(factor));
 }
 
-// Inverse norm of a row, 0 for a row without direction, NaN for a row with a NaN.
-static inline float inverse_norm(const float* row, int64_t n_padded) {
-  const float squared = dot(row, row, n_padded);
+// Inverse norm from a squared one: 0 for a row without direction, NaN for a row with a NaN.
+static inline float inverse_norm(float squared) {
   return squared <= kZeroNormSquared ? 0.0f : 1.0f / sqrtf(squared);
 }
 
-// to = unit(from), padded; returns the inverse norm of `from`.
+// to = unit(from), padded; returns the inverse norm of `from`. The squares are summed in the pass that copies.
 static inline float unit_row(const float* from, int64_t n, float* to) {
-  copy_padded(from, n, to);
-  const float inverse = inverse_norm(to, padded(n));
+  const int64_t whole = n / (2 * kWidth) * (2 * kWidth);
+  Vec even{}, odd{};
+  for (int64_t i = 0; i < whole; i += 2 * kWidth) {
+    const Vec a = load(from + i), b = load(from + i + kWidth);
+    store(to + i, a);
+    store(to + i + kWidth, b);
+    even += a * a;
+    odd += b * b;
+  }
+  copy_padded(from + whole, n - whole, to + whole);
+  const float rest = dot(to + whole, to + whole, padded(n - whole));
+  const float inverse = inverse_norm(sum(even + odd) + rest);
   scale_row(to, inverse, padded(n));
   return inverse;
 }
