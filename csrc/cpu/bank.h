@@ -8,7 +8,7 @@
 
 namespace ulfine::ULFINE_ISA {
 
-// Most rows of a task: a bank that does not fit the second-level cache is read once for each.
+// Most rows of a task: its features, logits and gradients then stay in the second-level cache.
 constexpr int64_t kLargestBlock = 48;
 // Rows between two updates of a bank's gradient.
 constexpr int64_t kChunk = 8 * kLargestBlock;
@@ -60,8 +60,7 @@ struct BankGradient {
 };
 
 static inline BankGradient bank_gradient_layout(Scratch& scratch, int64_t c, int64_t d, int threads) {
-  return {scratch.take(threads * kBankRows * kChunk),
-          scratch.take(max(c, threads * kBankRows) * padded(d))};
+  return {scratch.take(threads * kBankRows * kChunk), scratch.take(max(c, threads * kBankRows) * padded(d))};
 }
 
 // Adds a chunk of m rows: Z[m, C] row-major, X packed. With the last chunk, `finish(k, row, worker)` gets the

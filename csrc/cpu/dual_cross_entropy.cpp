@@ -119,8 +119,8 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
       if (!need_features) return;
       float* d_x = m.d_x + worker * largest * ldx;
       for (int bank = 0; bank < banks; ++bank)
-        multiply(rows, a.d, a.c, row_major(m.z + (bank * m.chunk + first) * ldz, ldz), m.bank[bank].packed, d_x,
-                 ldx, bank > 0);
+        multiply(rows, a.d, a.c, row_major(m.z + (bank * m.chunk + first) * ldz, ldz), m.bank[bank].packed,
+                 d_x, ldx, bank > 0);
       for (int64_t i = 0; i < rows; ++i)
         unit_row_backward(d_x + i * ldx, x + i * ldx, inverse[i], a.d, a.d_features + row[i] * a.d);
     });

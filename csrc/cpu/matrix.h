@@ -116,14 +116,13 @@ static inline void pack_row(const float* row, int64_t n, int64_t depth, int64_t 
   }
 }
 
-// Columns of Z[depth, ld] as the rows of a left operand. In place, each of them would spread over as many cache
-// lines as it is long. `to` has room for round_up(count, kRows) * depth floats.
+// Columns of Z[depth, ld] as the rows of a left operand. In place, each of them would spread over as many
+// cache lines as it is long. `to` has room for round_up(count, kRows) * depth floats.
 static inline Operand gather_columns(const float* z, int64_t ld, int64_t count, int64_t depth, float* to) {
   for (int64_t k = 0; k < depth; ++k) {
     const float* row = z + k * ld;
     int64_t i = 0;
-    for (; i + kRows <= count; i += kRows)
-      memcpy(to + i * depth + k * kRows, row + i, kRows * sizeof(float));
+    for (; i + kRows <= count; i += kRows) memcpy(to + i * depth + k * kRows, row + i, kRows * sizeof(float));
     if (i < count) memcpy(to + i * depth + k * kRows, row + i, (count - i) * sizeof(float));
   }
   return {to, kRows * depth, 1, kRows};

@@ -35,9 +35,8 @@ Memory layout(Scratch& scratch, int64_t c, int64_t d, int threads) {
 // Lower triangle of unit unit', [C, padded C], and the unit rows, packed.
 void gram_of_rows(const Orthogonality& a, const Memory& m) {
   const int64_t ldg = padded(a.c);
-  pack_bank(a.c, a.d, a.threads, m.staging, m.transposed, m.packed, [&](int64_t k, float* to, float*) {
-    m.inverse[k] = unit_row(a.prototypes + k * a.d, a.d, to);
-  });
+  pack_bank(a.c, a.d, a.threads, m.staging, m.transposed, m.packed,
+            [&](int64_t k, float* to, float*) { m.inverse[k] = unit_row(a.prototypes + k * a.d, a.d, to); });
   parallel(ceil_div(a.c, kBankRows), a.threads, [&](int64_t task, int) {
     const int64_t first = task * kBankRows, rows = min(kBankRows, a.c - first);
     // Whole panels up to the diagonal: a cut one would be read with the wrong width.

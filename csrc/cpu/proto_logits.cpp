@@ -44,7 +44,8 @@ void proto_logits(const ProtoLogits& a) {
   const Memory m = layout(scratch, a.b, a.c, a.d, a.threads);
   const int64_t block = block_rows(a.b, a.threads);
   const int64_t ldx = padded(a.d);
-  // Panels that are full go straight to the logits, the last one by way of a buffer with room for its padding.
+  // Panels that are full go straight to the logits, the last one by way of a buffer with room for its
+  // padding.
   const int64_t whole = a.c / kPanel * kPanel, rest = a.c - whole;
   pack_bank(a.c, a.d, a.threads, m.staging, m.packed, nullptr, [&](int64_t k, float* to, float*) {
     unit_row(a.prototypes + k * a.d, a.d, to);

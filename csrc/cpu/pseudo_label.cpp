@@ -66,7 +66,8 @@ void measure_scales(const PseudoLabel& a, const Memory& m, int64_t rounded) {
           *z = m.z + worker * max(m.block * padded(a.c), a.c * kPanel);
     pack_transposed(own, ldx, kPanel, a.d, 0, panel);
     for (int branch = 0; branch < 2; ++branch) {
-      multiply(a.c, kPanel, a.d, row_major(branch == 0 ? a.linear : a.prototypes, a.d), panel, z, kPanel, false);
+      multiply(a.c, kPanel, a.d, row_major(branch == 0 ? a.linear : a.prototypes, a.d), panel, z, kPanel,
+               false);
       spread_of_columns(z, m.factor[branch], a.c, m.spread + branch * rounded + first);
     }
   });

@@ -39,7 +39,8 @@ static inline float inverse_norm(float squared) {
   return squared <= kZeroNormSquared ? 0.0f : 1.0f / sqrtf(squared);
 }
 
-// to = unit(from), padded; returns the inverse norm of `from`. The squares are summed in the pass that copies.
+// to = unit(from), padded; returns the inverse norm of `from`. The squares are summed in the pass that
+// copies.
 static inline float unit_row(const float* from, int64_t n, float* to) {
   const int64_t whole = n / (2 * kWidth) * (2 * kWidth);
   Vec even{}, odd{};
