@@ -52,15 +52,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "pseudo_label",
       [](uintptr_t features, uintptr_t linear, uintptr_t prototypes, uintptr_t threshold, int64_t thresholds,
-         uintptr_t label, uintptr_t confidence, uintptr_t keep, uintptr_t histogram, uintptr_t kept_histogram,
-         uintptr_t branch_scale, uintptr_t scratch, int64_t b, int64_t c, int64_t d, float eta, float align,
-         float linear_scale, float proto_scale, float temperature, bool normalize_linear, int64_t scale_rows,
-         int threads) {
+         uintptr_t adjustment, uintptr_t label, uintptr_t confidence, uintptr_t keep, uintptr_t histogram,
+         uintptr_t kept_histogram, uintptr_t branch_scale, uintptr_t scratch, int64_t b, int64_t c, int64_t d,
+         float eta, float align, float linear_scale, float proto_scale, float temperature,
+         bool normalize_linear, int64_t scale_rows, int threads) {
         selected().kernels.pseudo_label({at<const float>(features),
                                          at<const float>(linear),
                                          at<const float>(prototypes),
                                          at<const float>(threshold),
                                          thresholds,
+                                         at<const float>(adjustment),
                                          at<int64_t>(label),
                                          at<float>(confidence),
                                          at<bool>(keep),
@@ -118,19 +119,20 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("head_loss",
         [](py::function scratch, uintptr_t features, uintptr_t weak, uintptr_t targets, uintptr_t linear,
-           uintptr_t prototypes, uintptr_t threshold, int64_t thresholds, uintptr_t adjustment,
-           uintptr_t strong_adjustment, uintptr_t loss, uintptr_t d_features, uintptr_t d_linear,
-           uintptr_t d_prototypes, uintptr_t label, uintptr_t confidence, uintptr_t keep, uintptr_t histogram,
-           uintptr_t kept_histogram, uintptr_t branch_scale, int64_t b, int64_t labelled, int64_t unlabelled,
-           int64_t c, int64_t d, float align, float eta, float linear_scale, float proto_scale,
-           float temperature, bool normalize_linear, int64_t scale_rows, bool fused, float unlabelled_weight,
-           float orthogonality_weight, int threads) {
+           uintptr_t prototypes, uintptr_t threshold, int64_t thresholds, uintptr_t weak_adjustment,
+           uintptr_t adjustment, uintptr_t strong_adjustment, uintptr_t loss, uintptr_t d_features,
+           uintptr_t d_linear, uintptr_t d_prototypes, uintptr_t label, uintptr_t confidence, uintptr_t keep,
+           uintptr_t histogram, uintptr_t kept_histogram, uintptr_t branch_scale, int64_t b, int64_t labelled,
+           int64_t unlabelled, int64_t c, int64_t d, float align, float eta, float linear_scale,
+           float proto_scale, float temperature, bool normalize_linear, int64_t scale_rows, bool fused,
+           float unlabelled_weight, float orthogonality_weight, int threads) {
           const auto *w = at<const float>(linear), *t = at<const float>(prototypes);
           const ulfine::HeadLoss arguments = {{at<const float>(weak),
                                                w,
                                                t,
                                                at<const float>(threshold),
                                                thresholds,
+                                               at<const float>(weak_adjustment),
                                                at<int64_t>(label),
                                                at<float>(confidence),
                                                at<bool>(keep),

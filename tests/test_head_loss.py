@@ -63,18 +63,24 @@ def test_is_the_composition_of_the_public_ops(backend, loss_on, views):
     s = step(views=views)
     if not views:
         s.weak = s.weak[:0]
-    shift, strong_shift = torch.randn(2, 11)
+    shift, strong_shift, weak_shift = torch.randn(3, 11)
     ours, parts = s.leaves(), s.leaves()
 
     loss, pseudo = head_loss(
-        **ours, threshold=THRESHOLD, adjustment=shift, strong_adjustment=strong_shift, loss_on=loss_on,
+        **ours, threshold=THRESHOLD, weak_adjustment=weak_shift, adjustment=shift, strong_adjustment=strong_shift, loss_on=loss_on,
         unlabelled_weight=0.7, orthogonality_weight=2.0, backend=backend, **OPTIONS,
     )  # fmt: skip
     (3.0 * loss).backward()
 
     with torch.no_grad():
         labels = pseudo_label(
-            parts["weak"], parts["linear"], parts["prototypes"], THRESHOLD, backend=backend, **OPTIONS
+            parts["weak"],
+            parts["linear"],
+            parts["prototypes"],
+            THRESHOLD,
+            adjustment=weak_shift,
+            backend=backend,
+            **OPTIONS,
         )
     assert not views or 0 < labels.keep.sum() < 20
     weights = [torch.full((7,), 1 / 7), *[labels.keep * (0.7 / (20 * max(views, 1)))] * views]
@@ -179,7 +185,7 @@ def test_opcheck():
     s = step()
     arguments = (
         s.features, s.weak, s.targets, s.linear, s.prototypes, torch.tensor([0.3]),
-        torch.tensor(0.9), torch.zeros(11), None, 0.5, 25.0, 25.0, 1.0, True, 20, True, 1.0, 1.0, True, True, True,
+        torch.tensor(0.9), torch.zeros(11), torch.zeros(11), None, 0.5, 25.0, 25.0, 1.0, True, 20, True, 1.0, 1.0, True, True, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.ulfine._head_loss.default, arguments)
 

@@ -213,7 +213,9 @@ def test_update_builds_no_graph() -> None:
 
 
 def test_state_dict_holds_everything() -> None:
-    names = "textual text visual seen distribution kept_distribution branch_scale measured"
+    names = (
+        "textual text visual seen distribution kept_distribution kept_sum kept_count branch_scale measured"
+    )
     assert set(PrototypeState(text()).state_dict()) == set(names.split())
 
 
@@ -248,3 +250,71 @@ def test_the_default_dtype_does_not_reach_the_buffers() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert {t.dtype for t in state.state_dict().values()} == {torch.float32, torch.bool}
+
+
+# Posterior means
+
+
+def refitted(state: PrototypeState, weak: torch.Tensor, pseudo: PseudoLabels, **changes) -> None:
+    options = {"strength": 4.0, "unlabelled_mass": 0.5, "gamma": 0.8} | changes
+    state.refit(weak, pseudo, torch.arange(CLASSES), **options)
+
+
+def test_log_distribution_is_that_of_an_average_that_started_uniform() -> None:
+    state = PrototypeState(text())
+    torch.testing.assert_close(state.log_distribution().exp(), torch.full((CLASSES,), 1 / CLASSES))
+    running = torch.full((CLASSES,), 1 / CLASSES)
+    for seed in range(3):
+        features, targets, pseudo = step(seed)
+        state.update(features, targets, pseudo, **RATES)
+        running = 0.8 * running + 0.2 * pseudo.histogram / pseudo.histogram.sum()
+    torch.testing.assert_close(state.log_distribution(), running.clamp_min(1e-4).log())
+
+
+def test_refit_gives_the_posterior_mean_of_every_class() -> None:
+    state, counts = PrototypeState(text()), torch.arange(CLASSES).float()
+    sums, kept_count = torch.zeros(CLASSES, DIM), torch.zeros(CLASSES)
+    for seed in range(3):
+        features, targets, pseudo = step(seed)
+        weak = torch.randn(44, DIM, generator=seeded(seed, 1))
+        features = state.text[targets.clamp_min(0)] + 0.3 * features
+        state.update(features, targets, pseudo, **(RATES | {"mu": 0.0}))
+        refitted(state, weak, pseudo)
+        unit = torch.nn.functional.normalize(weak, dim=-1)
+        sums, kept_count = 0.8 * sums, 0.8 * kept_count
+        for row in pseudo.keep.nonzero().flatten():
+            sums[pseudo.label[row]] += unit[row]
+            kept_count[pseudo.label[row]] += 1
+    assert 0 < pseudo.keep.sum() < 44
+    labelled = counts * state.seen
+    gap = (labelled * (state.visual * state.text).sum(-1)).sum() / labelled.sum()
+    assert gap > 0
+    mass = 0.5 * counts.sum() * state.kept_distribution
+    means = sums / kept_count.clamp_min(1e-6)[:, None]
+    expected = labelled[:, None] * state.visual + mass[:, None] * means + 4.0 * gap * state.text
+    torch.testing.assert_close(state.textual.data, torch.nn.functional.normalize(expected, dim=-1))
+
+
+def test_refit_shrinks_to_the_text_by_class_count() -> None:
+    state = PrototypeState(text())
+    features = state.text.repeat(4, 1) + 0.5 * torch.randn(4 * CLASSES, DIM, generator=seeded(5))
+    _, _, pseudo = step(0)
+    nothing = with_counts(
+        pseudo, keep=torch.zeros(44, dtype=torch.bool), kept_histogram=torch.zeros(CLASSES, dtype=torch.int64)
+    )
+    state.update(features, torch.arange(CLASSES).repeat(4), nothing, **(RATES | {"mu": 0.0}))
+    weak = torch.randn(44, DIM, generator=seeded(6))
+    counts = torch.tensor([0, 1, 4, 16, 64, 256, 10**6])
+    state.refit(weak, nothing, counts, strength=4.0, unlabelled_mass=1.0, gamma=0.9)
+    torch.testing.assert_close(state.textual[0].data, state.text[0])
+    to_visual = torch.nn.functional.cosine_similarity(state.textual, state.visual, dim=-1)
+    torch.testing.assert_close(to_visual[-1].data, torch.tensor(1.0), rtol=0, atol=1e-5)
+
+
+def test_refit_without_evidence_keeps_the_prototypes_and_every_argument() -> None:
+    state = PrototypeState(text())
+    _, _, pseudo = step(0)
+    weak = torch.randn(44, DIM, generator=seeded(6))
+    with unchanged(weak, *pseudo):
+        refitted(state, weak, with_counts(pseudo, keep=torch.zeros(44, dtype=torch.bool)))
+    assert_same_bits(state.textual, state.text)

@@ -114,6 +114,7 @@ def pseudo_label(
     prototypes: Tensor,
     threshold: Tensor,
     align: Tensor,
+    adjustment: Tensor | None,
     eta: float,
     linear_scale: float,
     proto_scale: float,
@@ -122,6 +123,7 @@ def pseudo_label(
     scale_rows: int,
 ) -> tuple[Tensor, ...]:
     x, w, t, limit = _f32(features), _f32(linear), _f32(prototypes), _f32(threshold)
+    shift = None if adjustment is None else _f32(adjustment)
     (b, d), c = x.shape, w.shape[0]
     label = torch.empty(b, dtype=torch.int64)
     confidence = _empty(b)
@@ -136,6 +138,7 @@ def pseudo_label(
         t.data_ptr(),
         limit.data_ptr(),
         limit.numel(),
+        _address(shift),
         label.data_ptr(),
         confidence.data_ptr(),
         keep.data_ptr(),
@@ -273,6 +276,7 @@ def head_loss(
     prototypes: Tensor,
     threshold: Tensor,
     align: Tensor,
+    weak_adjustment: Tensor | None,
     adjustment: Tensor | None,
     strong_adjustment: Tensor | None,
     eta: float,
@@ -290,7 +294,9 @@ def head_loss(
 ) -> tuple[Tensor, ...]:
     x, u, w, t = _f32(features), _f32(weak), _f32(linear), _f32(prototypes)
     limit, target = _f32(threshold), targets.contiguous()
-    shift, strong_shift = (None if s is None else _f32(s) for s in (adjustment, strong_adjustment))
+    weak_shift, shift, strong_shift = (
+        None if s is None else _f32(s) for s in (weak_adjustment, adjustment, strong_adjustment)
+    )
     (b, d), c, unlabelled = x.shape, w.shape[0], u.shape[0]
     loss = _empty(())
     d_x = _empty(x.shape if need_features else 0)
@@ -311,6 +317,7 @@ def head_loss(
         t.data_ptr(),
         limit.data_ptr(),
         limit.numel(),
+        _address(weak_shift),
         _address(shift),
         _address(strong_shift),
         loss.data_ptr(),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 ADJUST_UNLABELLED = ("none", "labelled", "kept")
+FITTING = ("compounding", "posterior")
 
 
 def _one_of(record: Any, name: str, choices: tuple[str, ...]) -> None:
@@ -82,8 +83,18 @@ class Method:
     unlabelled_weight: float = 1.0  # lambda_u, 0 leaves unlabelled data out
     threshold: float = 0.7  # tau, confidence from which a pseudo-label is kept
     temperature: float = 1.0  # softmax temperature of that confidence
+    prior_shift: float = (
+        0.0  # share of log P_u that the weak logits are adjusted by: data follow their own prior
+    )
     orthogonality_weight: float = 1.0  # lambda_o
     # Estimators
+    fitting: str = (
+        "compounding"  # of the textual prototypes: steps of mu, or "posterior", see PrototypeState.refit
+    )
+    strength: float = 16.0  # of "posterior": examples that the text is worth
+    unlabelled_mass: float = (
+        1.0  # of "posterior": mass of all unlabelled examples, in masses of the labelled ones
+    )
     mu: float = 0.05  # largest step of a textual prototype towards its visual one, 0 keeps the text
     beta: float = 0.9  # share of the old visual prototype in the running mean
     gamma: float = 0.99  # share of the old pseudo-label distribution
@@ -94,8 +105,12 @@ class Method:
         _one_of(self, "linear_init", ("text", "random"))
         _one_of(self, "loss_on", ("branches", "fused"))
         _one_of(self, "adjust_unlabelled", ADJUST_UNLABELLED)
-        _above_zero(self, "linear_scale", "proto_scale", "temperature")
-        _at_least(self, 0, "adjust_labelled", "unlabelled_weight", "orthogonality_weight", "scale_rows")
+        _one_of(self, "fitting", FITTING)
+        _above_zero(self, "linear_scale", "proto_scale", "temperature", "strength")
+        _at_least(
+            self, 0, "adjust_labelled", "unlabelled_weight", "orthogonality_weight", "scale_rows", "prior_shift",
+            "unlabelled_mass",
+        )  # fmt: skip
         for name in ("eta", "threshold", "mu", "beta", "gamma", "scale_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

@@ -55,6 +55,7 @@ def head_loss_reference(
     prototypes: Tensor,
     threshold: Tensor,
     align: Tensor,
+    weak_adjustment: Tensor | None,
     adjustment: Tensor | None,
     strong_adjustment: Tensor | None,
     eta: float,
@@ -70,7 +71,16 @@ def head_loss_reference(
     """The definition; see `head_loss`."""
     scales = eta, linear_scale, proto_scale
     pseudo = pseudo_label_reference(
-        weak, linear, prototypes, threshold, align, *scales, temperature, normalize_linear, scale_rows
+        weak,
+        linear,
+        prototypes,
+        threshold,
+        align,
+        weak_adjustment,
+        *scales,
+        temperature,
+        normalize_linear,
+        scale_rows,
     )
     rows = _step_rows(targets, pseudo, len(features) - len(targets), unlabelled_weight)
     none = linear.new_zeros(linear.shape[0], dtype=working_dtype(features, weak, linear, prototypes))
@@ -87,7 +97,7 @@ def head_loss_reference(
 torch.library.define(
     "ulfine::_head_loss",
     "(Tensor features, Tensor weak, Tensor targets, Tensor linear, Tensor prototypes, Tensor threshold, "
-    "Tensor align, Tensor? adjustment, Tensor? strong_adjustment, float eta, float linear_scale, float proto_scale, float temperature, "
+    "Tensor align, Tensor? weak_adjustment, Tensor? adjustment, Tensor? strong_adjustment, float eta, float linear_scale, float proto_scale, float temperature, "
     "bool normalize_linear, SymInt scale_rows, bool fused, float unlabelled_weight, "
     "float orthogonality_weight, bool need_features, bool need_linear, bool need_prototypes) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -118,8 +128,8 @@ def _(*arguments):
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, linear, prototypes, weak, targets, *rest):
-        tensors = features, weak, targets, linear, prototypes, *rest[:4]
-        ctx.options = *rest[4:], *ctx.needs_input_grad[:3]
+        tensors = features, weak, targets, linear, prototypes, *rest[:5]
+        ctx.options = *rest[5:], *ctx.needs_input_grad[:3]
         ctx.dtypes = features.dtype, linear.dtype, prototypes.dtype
         out = torch.ops.ulfine._head_loss.default(*tensors, *ctx.options)
         keep(ctx, out[1:4], tensors)
@@ -150,6 +160,7 @@ def head_loss(
     prototypes: Tensor,
     threshold: float | Tensor = 0.7,
     *,
+    weak_adjustment: Tensor | None = None,
     adjustment: Tensor | None = None,
     strong_adjustment: Tensor | None = None,
     align: float | Tensor = 1.0,
@@ -174,6 +185,7 @@ def head_loss(
         weak: [B_u, D] float; weak views of the unlabelled images, in the order of each strong view.
         targets: [B_l] int64 below C; a negative one is left out (the sum is divided by B_l all the same).
         linear, prototypes: [C, D] float banks of the two branches.
+        weak_adjustment: [C] float added to the logits of weak rows, see `pseudo_label`; None is 0.
         adjustment: [C] float added to the logits of labelled rows, see `dual_cross_entropy`; None is 0.
         strong_adjustment: [C] float added to the logits of strong rows; None is 0.
         unlabelled_weight, orthogonality_weight: weights of the terms, at least 0.
@@ -203,22 +215,24 @@ def head_loss(
         )
     dtype = working_dtype(features, weak, linear, prototypes)
     threshold = limits(op, threshold, classes, features, dtype)
-    for name, shift in (("adjustment", adjustment), ("strong_adjustment", strong_adjustment)):
+    shifts = {
+        "weak_adjustment": weak_adjustment, "adjustment": adjustment, "strong_adjustment": strong_adjustment
+    }  # fmt: skip
+    for name, shift in shifts.items():
         if shift is not None:
             _checks.vector(op, name, shift, classes, _checks.FLOATS)
     align = scalar(op, "align", align, features, dtype).detach()
     _checks.same_device(
         op, features, weak=weak, targets=targets, linear=linear, prototypes=prototypes, threshold=threshold,
-        align=align, adjustment=adjustment, strong_adjustment=strong_adjustment,
+        align=align, **shifts,
     )  # fmt: skip
     _checks.branches(op, eta, linear_scale=linear_scale, proto_scale=proto_scale, temperature=temperature)
     for name, value in (
         ("unlabelled_weight", unlabelled_weight), ("orthogonality_weight", orthogonality_weight)
     ):  # fmt: skip
         _checks.between(op, name, value, 0.0, float("inf"))
-    shifts = (None if shift is None else shift.detach() for shift in (adjustment, strong_adjustment))
     options = (
-        threshold, align, *shifts, float(eta), float(linear_scale), float(proto_scale), float(temperature),
+        threshold, align, *(None if shift is None else shift.detach() for shift in shifts.values()), float(eta), float(linear_scale), float(proto_scale), float(temperature),
         normalize_linear, measured_rows(op, scale_rows, unlabelled), on_fused(op, loss_on), float(unlabelled_weight), float(orthogonality_weight),
     )  # fmt: skip
     weak = weak.detach()

@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ulfine_fast.ops import _checks
+from ulfine_fast.ops._rows import unit_rows
 from ulfine_fast.ops.proto_fit import proto_fit_
 from ulfine_fast.ops.pseudo_label import PseudoLabels
 
+# Share of P_u below which a class is not pushed further down.
+SMALLEST_SHARE = 1e-4
 # A branch whose logits hardly vary has no scale to align to; the ratio is bounded for the steps near that.
 SMALLEST_SCALE = 1e-6
 RATIO_BOUNDS = (0.01, 100.0)
@@ -28,6 +31,8 @@ class PrototypeState(nn.Module):
         seen: [C] bool, whether the class had a labelled feature.
         distribution: [C] P_u, running share of the classes among all pseudo-labels, zeros before the first.
         kept_distribution: [C] the same among the kept pseudo-labels.
+        kept_sum, kept_count: [C, D] and [C], decaying sum of the unit features of the kept weak rows by their
+            pseudo-label, and their number; used by `refit` alone.
         branch_scale: [2] running standard deviation over classes of the logits of both branches.
         measured: [] bool, whether `branch_scale` holds a measurement.
     """
@@ -45,6 +50,8 @@ class PrototypeState(nn.Module):
         self.register_buffer("seen", text.new_zeros(classes, dtype=torch.bool))
         self.register_buffer("distribution", text.new_zeros(classes))
         self.register_buffer("kept_distribution", text.new_zeros(classes))
+        self.register_buffer("kept_sum", torch.zeros_like(text))
+        self.register_buffer("kept_count", text.new_zeros(classes))
         self.register_buffer("branch_scale", text.new_ones(2))
         self.register_buffer("measured", text.new_zeros((), dtype=torch.bool))
 
@@ -56,6 +63,12 @@ class PrototypeState(nn.Module):
         linear, proto = self.branch_scale.unbind()
         ratio = (linear / proto.clamp_min(SMALLEST_SCALE)).clamp(*RATIO_BOUNDS)
         return torch.where(self.measured & (proto >= SMALLEST_SCALE), ratio, torch.ones_like(ratio))
+
+    @torch.no_grad()
+    def log_distribution(self) -> Tensor:
+        """[C] logarithm of P_u, started as uniform: what has not been counted yet is shared by all classes."""
+        share = self.distribution + (1.0 - self.distribution.sum()) / len(self.distribution)
+        return share.clamp_min(SMALLEST_SHARE).log()
 
     @torch.no_grad()
     def measure(self, branch_scale: Tensor, decay: float) -> None:
@@ -102,3 +115,44 @@ class PrototypeState(nn.Module):
             beta=beta,
             gamma=gamma,
         )
+
+    @torch.no_grad()
+    def refit(
+        self,
+        weak: Tensor,
+        pseudo: PseudoLabels,
+        labelled_counts: Tensor,
+        *,
+        strength: float,
+        unlabelled_mass: float,
+        gamma: float,
+    ) -> None:
+        """Textual prototypes as posterior means of their classes, after `update` with mu = 0.
+
+            textual_k = unit( n_k visual_k + m_k u_k + strength * g * text_k )
+
+        n_k: labelled examples of the class. u_k: running mean of the kept weak features labelled k, and
+        m_k = unlabelled_mass * sum(n) * (its share of the kept pseudo-labels). g: length of the text along the
+        class means, sum_k n_k <visual_k, text_k> / sum_k n_k over the classes seen, for text and images lie
+        apart. A class with few examples stays near its text, one with many follows them: shrinkage by class
+        count. A class without any keeps its text. Our choice, see docs/accuracy.md.
+
+        Args:
+            weak: [B_u, D] weak features of the step. pseudo: what `pseudo_label` said of them.
+            labelled_counts: [C] labelled examples of each class in the training set.
+            strength: examples that the text is worth, above 0. unlabelled_mass: mass of all unlabelled
+                examples in masses of all labelled ones, at least 0. gamma: share of the old sums, in [0, 1].
+        """
+        keep = pseudo.keep[:, None]
+        rows = torch.where(keep, unit_rows(weak, self.kept_sum.dtype), 0.0)
+        self.kept_sum.mul_(gamma).index_add_(0, pseudo.label.clamp_min(0), rows)
+        self.kept_count.mul_(gamma).add_(pseudo.kept_histogram)
+        labelled = labelled_counts.to(self.text.dtype) * self.seen
+        along = (self.visual * self.text).sum(-1)
+        gap = (labelled * along).sum() / labelled.sum().clamp_min(1.0)
+        mass = unlabelled_mass * labelled_counts.sum() * self.kept_distribution
+        means = self.kept_sum / self.kept_count.clamp_min(SMALLEST_SCALE)[:, None]
+        fitted = labelled[:, None] * self.visual + mass[:, None] * means + strength * gap * self.text
+        fitted = F.normalize(fitted, dim=-1)
+        # Without a class mean there is nothing to be near to, and the text would have length 0.
+        self.textual.copy_(torch.where(fitted.isfinite().all() & (gap > 0), fitted, self.textual))

@@ -74,7 +74,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     method: Method,
-    log_prior: Tensor,
+    labelled_counts: Tensor,
     *,
     first: bool = False,
 ) -> StepReport:
@@ -82,13 +82,14 @@ def train_step(
 
     Args:
         optimizer: from `build_optimizer`, which can skip a step on the device.
-        log_prior: [C] logarithm of the labelled class prior, see `labelled_log_prior`.
+        labelled_counts: [C] labelled images of each class in the training set.
         first: the branch scales are measured on this batch before the branches are fused.
 
     A loss or a gradient that is not finite leaves parameters, optimizer and estimators bit by bit as they
     were. Copies of labelled images are pseudo-labelled and trained on, but do not count in P_u.
     """
     state = head.state
+    log_prior = labelled_log_prior(labelled_counts)
     scales_before = state.branch_scale.clone(), state.measured.clone()
     if first:
         _measure(head, batch.weak, method)
@@ -97,6 +98,7 @@ def train_step(
         batch.weak,
         batch.targets,
         method.threshold,
+        weak_adjustment=weak_adjustment(state, method),
         adjustment=method.adjust_labelled * log_prior,
         strong_adjustment=_strong_adjustment(state, method, log_prior),
         temperature=method.temperature,
@@ -118,7 +120,7 @@ def train_step(
             unit = F.normalize(state.textual, dim=-1)
             state.textual.copy_(torch.where(finite, unit, state.textual))
         if len(batch.weak):
-            _update_state(state, batch, pseudo, method, finite, scales_before)
+            _update_state(state, batch, pseudo, method, labelled_counts, finite, scales_before)
     return StepReport(loss.detach(), pseudo.keep.sum() / max(len(batch.weak), 1), finite)
 
 
@@ -127,6 +129,11 @@ def _measure(head: DualHead, weak: Tensor, method: Method) -> None:
     if len(weak):
         scales = head.pseudo_label(weak, method.threshold, scale_rows=method.scale_rows).branch_scale
         head.state.measure(scales, method.scale_decay)
+
+
+def weak_adjustment(state: PrototypeState, method: Method) -> Tensor | None:
+    """Logit adjustment [C] of the weak rows, None for none."""
+    return method.prior_shift * state.log_distribution() if method.prior_shift else None
 
 
 def _strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor) -> Tensor | None:
@@ -145,6 +152,7 @@ def _update_state(
     batch: Batch,
     pseudo: PseudoLabels,
     method: Method,
+    labelled_counts: Tensor,
     finite: Tensor,
     scales_before: tuple[Tensor, Tensor],
 ) -> None:
@@ -155,7 +163,8 @@ def _update_state(
         histogram.index_add_(0, pseudo.label.clamp_min(0), counted.to(histogram.dtype))
         pseudo = pseudo._replace(histogram=histogram)
     # without a label no prototype moves, without a count no distribution does
-    learns = finite if method.mu > 0 else torch.zeros_like(finite)
+    posterior = method.fitting == "posterior"
+    learns = finite if method.mu > 0 or posterior else torch.zeros_like(finite)
     targets = torch.where(learns, batch.targets, -1)
     pseudo = pseudo._replace(
         histogram=pseudo.histogram * finite, kept_histogram=pseudo.kept_histogram * finite
@@ -164,18 +173,27 @@ def _update_state(
         batch.labelled,
         targets,
         pseudo,
-        mu=method.mu,
+        mu=0.0 if posterior else method.mu,
         beta=method.beta,
         gamma=method.gamma,
         scale_decay=method.scale_decay,
     )
+    if posterior:
+        state.refit(
+            batch.weak,
+            pseudo._replace(keep=pseudo.keep & finite),
+            labelled_counts,
+            strength=method.strength,
+            unlabelled_mass=method.unlabelled_mass,
+            gamma=torch.where(finite, method.gamma, 1.0),
+        )
     for tensor, before in zip((state.branch_scale, state.measured), scales_before, strict=True):
         tensor.copy_(torch.where(finite, tensor, before))
 
 
-def labelled_log_prior(labelled_counts: np.ndarray | Tensor) -> Tensor:
+def labelled_log_prior(labelled_counts: Tensor) -> Tensor:
     """[C] float32 log(n_k / sum n); log 1e-12 for a class without labelled images."""
-    counts = torch.as_tensor(labelled_counts, dtype=torch.float64)
+    counts = labelled_counts.to(torch.float64)
     return (counts / counts.sum()).clamp_min(SMALLEST_PRIOR).log().float()
 
 
@@ -305,7 +323,11 @@ class Quality:
         branches = {}
         for name, eta in BRANCHES.items():
             pseudo = only(head, eta).pseudo_label(
-                self.weak, method.threshold, temperature=method.temperature, scale_rows=0
+                self.weak,
+                method.threshold,
+                adjustment=weak_adjustment(head.state, method),
+                temperature=method.temperature,
+                scale_rows=0,
             )
             branches[name] = pseudo_label_metrics(pseudo.label, pseudo.keep, self.truth, self.few)
         estimate = head.state.distribution.tolist()
@@ -371,7 +393,7 @@ def train(
     if steps:
         batches = Batches(data, method, schedule, device)
         quality = Quality(data, schedule.seed, device) if batches.from_unlabelled else None
-        log_prior = labelled_log_prior(data.labelled_counts).to(device)
+        counts = torch.as_tensor(data.labelled_counts).to(device)
 
     started = time.perf_counter() - result.seconds
     with _bar(result.steps, steps, progress) as bar:
@@ -380,8 +402,8 @@ def train(
                 group["lr"] = learning_rate(schedule, step)
             batch = batches(step)
             log = (step + 1) % schedule.log_every == 0 or step + 1 == steps
-            terms = _terms(head, batch, method, log_prior, first=step == 0) if log else None
-            report = train_step(head, optimizer, batch, method, log_prior, first=step == 0)
+            terms = _terms(head, batch, method, counts, first=step == 0) if log else None
+            report = train_step(head, optimizer, batch, method, counts, first=step == 0)
             row = torch.where(report.finite, 0, skips[0] + 1)
             skips = torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~report.finite])
             if log:
@@ -421,13 +443,13 @@ def _bar(start: int, steps: int, progress: bool) -> Any:
 
 @torch.no_grad()
 def _terms(
-    head: DualHead, batch: Batch, method: Method, log_prior: Tensor, *, first: bool
+    head: DualHead, batch: Batch, method: Method, labelled_counts: Tensor, *, first: bool
 ) -> tuple[Tensor, Tensor]:
     """Labelled cross-entropy and orthogonality of the batch before its step."""
     if first:
         head = copy.deepcopy(head)
         _measure(head, batch.weak, method)
-    adjustment = method.adjust_labelled * log_prior
+    adjustment = method.adjust_labelled * labelled_log_prior(labelled_counts)
     return head.loss(batch.labelled, batch.targets, adjustment=adjustment), head.orthogonality()
 
 

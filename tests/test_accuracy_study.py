@@ -1,0 +1,47 @@
+"""The study's engine against the library's trainer: two implementations of the same presets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import small_data
+
+from ulfine_fast.config import METHODS, Schedule
+from ulfine_fast.trainer import build_head, train
+
+STUDY = Path(__file__).parents[1] / "benchmarks" / "accuracy"
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """The module `engine` of the study, whose folder is not a package."""
+    monkeypatch.syspath_prepend(str(STUDY))
+    before = set(sys.modules)
+    import engine
+
+    yield engine
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == STUDY:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_preset_gives_the_same_logits_as_in_the_trainer(engine, name):
+    data, method = small_data(), METHODS[name]
+    schedule = Schedule(steps=30, labelled_batch=16, unlabelled_batch=24, log_every=30, seed=3)
+    head = build_head(data.prototypes, method, schedule.seed)
+    train(head, data, method, schedule, progress=False)
+    got = engine.train(data, engine.recipe(name), schedule).logits
+    expected = head(data.test)
+    assert head.linear.isfinite().all()
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_recipe_without_changes_is_the_preset(engine):
+    for name, method in METHODS.items():
+        recipe = engine.recipe(name)
+        for field in ("eta", "threshold", "fitting", "mu", "prior_shift", "orthogonality_weight"):
+            assert getattr(recipe, field) == getattr(method, field)
