@@ -22,6 +22,7 @@ def test_presets_are_named_and_described():
         "fixmatch_la",
         "lift",
         "ulfine",
+        "ulfine_plus",
     ]
     assert all(preset.summary for preset in METHODS.values())
     assert len({preset.summary for preset in METHODS.values()}) == len(METHODS)
@@ -35,7 +36,7 @@ def test_unknown_method_lists_the_known_ones():
 
 def test_only_methods_with_unlabelled_data_use_it():
     with_unlabelled = {name for name, preset in METHODS.items() if preset.unlabelled_weight > 0}
-    assert with_unlabelled == {"fixmatch", "fixmatch_la", "ulfine"}
+    assert with_unlabelled == {"fixmatch", "fixmatch_la", "ulfine", "ulfine_plus"}
     assert not METHODS["zero_shot"].trained
     assert METHODS["zero_shot"].eta == 0.0
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ulfine_fast.splits import ClassRow
 
 # Okabe and Ito, "Color Universal Design": distinct under the common colour blindnesses. Grey: no training.
-PALETTE = ("#7f7f7f", "#56b4e9", "#0072b2", "#e69f00", "#cc79a7", "#009e73", "#d55e00")
-MARKERS = ("x", "v", "^", "s", "D", "P", "o")
+PALETTE = ("#7f7f7f", "#56b4e9", "#0072b2", "#e69f00", "#cc79a7", "#009e73", "#d55e00", "#000000")
+MARKERS = ("x", "v", "^", "s", "D", "P", "o", "*")
 BRANCH_INDEX = {"fused": 6, "linear": 2, "text": 5}
 LABELLED, UNLABELLED = "#0072b2", "#e69f00"
 PICTURES = ("class_counts.png", "per_class_accuracy.png", "pseudo_labels.png", "class_distribution.png")
