@@ -164,6 +164,7 @@ METHODS: dict[str, Method] = {
     "ulfine_plus": replace(
         _ULFINE,
         summary="ulfine with posterior prototypes and pseudo-labels under the estimated prior (ours)",
+        eta=0.3,
         adjust_unlabelled="kept",
         prior_shift=1.0,
         fitting="posterior",

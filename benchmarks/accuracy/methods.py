@@ -45,11 +45,19 @@ PLUS = {
 }  # fmt: skip
 OURS: dict[str, list[Configuration]] = {
     "ulfine": grid("ulfine", threshold=[0.7, 0.95], mu=[0.002, 0.05, 0.2]),
-    "ulfine_plus": grid("ulfine", PLUS, eta=[0.3, 0.5], threshold=[0.7, 0.8], strength=[16.0, 32.0]),
+    "ulfine_plus": grid("ulfine", PLUS, eta=[0.3, 0.5], threshold=[0.7, 0.8], strength=[16.0, 32.0])
+    + grid(
+        "ulfine",
+        PLUS,
+        eta=[0.3, 0.5],
+        adjust_unlabelled=["kept", "labelled"],
+        adjust_labelled=[1.0, 1.5],
+        learning_rate=[0.003, 0.01],
+    ),
 }
 SWEEPS = {**BASELINES, **OURS}
 
-CHOSEN = {"preset": "ulfine", **PLUS}
+CHOSEN = {"preset": "ulfine", **PLUS, "eta": 0.3}
 STEPS = {"preset": "ulfine", "adjust_unlabelled": "kept"}
 # One choice changed at a time. The first group starts from `ulfine_plus`, the second from `ulfine` with strong rows
 # adjusted by the prior of the kept pseudo-labels; the third are bounds, which see the truth.
@@ -70,7 +78,7 @@ ABLATIONS: dict[str, Configuration] = {
     "linear branch alone": {**CHOSEN, "eta": 1.0},
     "predict by the prototypes": {**CHOSEN, "predict_eta": 0.0},
     "predict by the linear branch": {**CHOSEN, "predict_eta": 1.0},
-    "eta .3": {**CHOSEN, "eta": 0.3},
+    "eta .5": {**CHOSEN, "eta": 0.5},
     "eta .7": {**CHOSEN, "eta": 0.7},
     "fusion by class": {**CHOSEN, "fusion": "class"},
     "fusion by entropy": {**CHOSEN, "fusion": "entropy"},

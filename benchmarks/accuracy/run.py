@@ -224,7 +224,7 @@ def main() -> None:
                 continue
             # a cell is written at once: a run that is cut loses the cells it was in, never half a row
             with path.open("a", newline="") as file:
-                csv.DictWriter(file, COLUMNS).writerows(rows)
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":
