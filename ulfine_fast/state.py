@@ -134,8 +134,9 @@ class PrototypeState(nn.Module):
         n_k: labelled examples of the class. u_k: running mean of the kept weak features labelled k, and
         m_k = unlabelled_mass * sum(n) * (its share of the kept pseudo-labels). g: length of the text along the
         class means, sum_k n_k <visual_k, text_k> / sum_k n_k over the classes seen, for text and images lie
-        apart. A class with few examples stays near its text, one with many follows them: shrinkage by class
-        count. A class without any keeps its text. Our choice, see docs/accuracy.md.
+        apart; the best prediction of a class mean from its text alone is g * text_k, also where g is negative.
+        A class with few examples stays near its text, one with many follows them: shrinkage by class count.
+        Before the first labelled example nothing changes. Our choice, see docs/accuracy.md.
 
         Args:
             weak: [B_u, D] weak features of the step. pseudo: what `pseudo_label` said of them.
@@ -154,5 +155,5 @@ class PrototypeState(nn.Module):
         means = self.kept_sum / self.kept_count.clamp_min(SMALLEST_SCALE)[:, None]
         fitted = labelled[:, None] * self.visual + mass[:, None] * means + strength * gap * self.text
         fitted = F.normalize(fitted, dim=-1)
-        # Without a class mean there is nothing to be near to, and the text would have length 0.
-        self.textual.copy_(torch.where(fitted.isfinite().all() & (gap > 0), fitted, self.textual))
+        # Without a class mean the text has no length yet.
+        self.textual.copy_(torch.where(fitted.isfinite().all() & (gap != 0), fitted, self.textual))

@@ -101,12 +101,15 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """Frozen features of a data set, not yet centred: weak, strong [K, N, D]; plain views elsewhere."""
+    """Frozen features of a data set, not yet centred: weak, strong [K, N, D] of what enters splits; of the held-out
+    part the plain view test [N, D] and weak ones test_views [K, N, D]."""
 
     weak: np.ndarray
     strong: np.ndarray
     labels: np.ndarray
-    held_out: dict[str, tuple[np.ndarray, np.ndarray]]  # "validation", "test": features and labels
+    test: np.ndarray
+    test_views: np.ndarray
+    test_labels: np.ndarray
     prototypes: Tensor
     class_names: tuple[str, ...]
     source: Source
@@ -263,7 +266,9 @@ def load_pool(name: str, held_out: str) -> Pool:
         weak=encode(train, rows, "weak", VIEW_COPIES),
         strong=encode(train, rows, "strong", VIEW_COPIES),
         labels=train.labels[rows],
-        held_out={held_out: (encode(kept, kept_rows, "plain", 1)[0], kept.labels[kept_rows])},
+        test=encode(kept, kept_rows, "plain", 1)[0],
+        test_views=encode(kept, kept_rows, "weak", VIEW_COPIES),
+        test_labels=kept.labels[kept_rows],
         prototypes=prototypes,
         class_names=train.class_names,
         source=source,
@@ -299,9 +304,9 @@ def _text_features(data: Texts, chosen: np.ndarray, view: str, copies: int) -> n
 
 
 def draw(
-    pool: Pool, *, held_out: str, unlabelled: str, seed: int, imbalance: float | None = None
-) -> FeatureData:
-    """A split of the pool as `load_features` would give it; its test set is the pool's `held_out` one."""
+    pool: Pool, *, unlabelled: str, seed: int, imbalance: float | None = None
+) -> tuple[FeatureData, Tensor]:
+    """A split of the pool as `load_features` would give it, and the weak views [K, N, D] of its test set."""
     source = pool.source
     split = make_split(
         pool.labels,
@@ -319,15 +324,14 @@ def draw(
     def centred(rows: np.ndarray) -> Tensor:
         return F.normalize(torch.from_numpy(rows.astype(np.float32) - mean), dim=-1)
 
-    test, test_labels = pool.held_out[held_out]
-    return FeatureData(
+    data = FeatureData(
         labelled=centred(pool.weak[:, split.labelled]),
         labels=torch.from_numpy(pool.labels[split.labelled]),
         weak=centred(pool.weak[:, split.unlabelled]),
         strong=centred(pool.strong[:, split.unlabelled]),
         unlabelled_truth=torch.from_numpy(pool.labels[split.unlabelled]),
-        test=centred(test),
-        test_labels=torch.from_numpy(test_labels),
+        test=centred(pool.test),
+        test_labels=torch.from_numpy(pool.test_labels),
         validation=None,
         validation_labels=None,
         prototypes=pool.prototypes,
@@ -337,6 +341,7 @@ def draw(
         unlabelled_is_labelled=torch.from_numpy(split.unlabelled_is_labelled),
         split=split,
     )
+    return data, centred(pool.test_views)
 
 
 def _encode(name: str, held_out: str) -> str:
@@ -345,7 +350,9 @@ def _encode(name: str, held_out: str) -> str:
         pool = load_pool(name, held_out)
     except (Missing, ImportError) as error:
         return f"{name}: {error}"
-    return f"{name}: {len(pool.labels)} examples, {len(pool.class_names)} classes, {held_out} {len(pool.held_out[held_out][1])}"
+    return (
+        f"{name}: {len(pool.labels)} examples, {len(pool.class_names)} classes, {held_out} {len(pool.test)}"
+    )
 
 
 if __name__ == "__main__":
