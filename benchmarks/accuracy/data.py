@@ -303,9 +303,7 @@ def _text_features(data: Texts, chosen: np.ndarray, view: str, copies: int) -> n
     return np.load(path)
 
 
-def draw(
-    pool: Pool, *, unlabelled: str, seed: int, imbalance: float | None = None
-) -> tuple[FeatureData, Tensor]:
+def draw(pool: Pool, *, unlabelled: str, seed: int) -> tuple[FeatureData, Tensor]:
     """A split of the pool as `load_features` would give it, and the weak views [K, N, D] of its test set."""
     source = pool.source
     split = make_split(
@@ -313,7 +311,7 @@ def draw(
         protocol="usb",
         labelled_largest=source.labelled_largest,
         unlabelled_largest=source.unlabelled_largest,
-        imbalance=source.imbalance if imbalance is None else imbalance,
+        imbalance=source.imbalance,
         unlabelled=unlabelled,
         seed=seed,
         class_order="shuffled",

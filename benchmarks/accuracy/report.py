@@ -1,12 +1,13 @@
 """Tables and pictures of the study from its rows: python benchmarks/accuracy/report.py
 
-Writes results/*.png and prints the tables that docs/accuracy.md shows.
+Writes the tables into docs/accuracy.md and the pictures into results/.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from methods import BASELINES, SWEEPS
 from run import DISTRIBUTIONS, RESULTS, STAGES, choose, key, read
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
 Rows = dict[tuple[str, str], dict[int, dict[str, Any]]]  # by cell and seed
 
 
@@ -176,15 +178,24 @@ def ranks_picture(found: dict[str, Rows]) -> None:
 
 
 def gains_picture(found: dict[str, Rows], base: str = "lift") -> None:
-    figure, axis = plt.subplots(figsize=(7, 5))
+    figure, axis = plt.subplots(figsize=(8, 5.5))
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.axvline(0, color="grey", linewidth=0.8)
-    for method, rows in found.items():
-        x, y = (average(rows, c) - average(found[base], c) for c in ("overall", "few"))
-        if x < -12:  # far outside: it would squeeze the rest
-            continue
-        axis.scatter(x, y, color=colour(method))
-        axis.annotate(method, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    gains = {
+        m: [average(rows, c) - average(found[base], c) for c in ("overall", "few")]
+        for m, rows in found.items()
+    }
+    # the untrained ones lie far to the lower left and would squeeze the rest
+    shown = sorted((g[1], g[0], m) for m, g in gains.items() if g[0] > -3)
+    label = -math.inf
+    for y, x, method in shown:
+        axis.scatter(x, y, color=colour(method), zorder=3)
+        label = max(y, label + 0.9)  # a line of text
+        axis.annotate(
+            method, (x, y), xytext=(4.0, label), fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "color": "lightgrey"},
+        )  # fmt: skip
+    axis.set_xlim(right=5.6)
     axis.set_xlabel(f"overall accuracy above {base}, points, mean of the final cells")
     axis.set_ylabel(f"few-shot accuracy above {base}, points")
     save(figure, "gains")
@@ -219,26 +230,33 @@ def distributions_picture(found: dict[str, Rows]) -> None:
         axis.bar(np.arange(3) + 0.2 * i, values, 0.18, label=method)
     axis.set_xticks(np.arange(3) + 0.3, DISTRIBUTIONS)
     axis.set_ylabel("few-shot accuracy, %")
-    axis.legend()
+    axis.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     save(figure, "distributions")
 
 
+def write(tables: dict[str, str]) -> None:
+    """Put each table between its marks in the document."""
+    text = DOCUMENT.read_text()
+    for name, table in tables.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    DOCUMENT.write_text(text)
+    print(f"wrote the tables of {DOCUMENT}")
+
+
 if __name__ == "__main__":
-    print("## Chosen on the development sets\n")
-    print(chosen_table())
-    if read("final"):
-        final = by_method("final")
-        print("\n## Final: overall / few, mean of three distributions and five seeds\n")
-        print(final_table(final))
-        print("\n## Final: `ulfine_plus` against the best baseline of each cell\n")
-        print(cell_table(final, "ulfine_plus"))
-        print("\n## Final: pseudo-labels of `ulfine_plus` at the end of training, %\n")
-        print(precision_table(final))
-        ranks_picture(final)
-        gains_picture(final)
-        distributions_picture(final)
-    if read("ablation"):
-        ablation = by_method("ablation")
-        print("\n## Ablation on the development sets, overall / few\n")
-        print(ablation_table(ablation))
-        ablation_picture(ablation)
+    final, ablation = by_method("final"), by_method("ablation")
+    write(
+        {
+            "chosen": chosen_table(),
+            "final": final_table(final),
+            "cells": cell_table(final, "ulfine_plus"),
+            "precision": precision_table(final),
+            "ablation": ablation_table(ablation),
+        }
+    )
+    ranks_picture(final)
+    gains_picture(final)
+    distributions_picture(final)
+    ablation_picture(ablation)
