@@ -436,7 +436,7 @@ def test_resume_without_checkpoint_starts_from_the_beginning(tmp_path):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"method": replace(ULFINE, mu=0.1)}, r"method\.mu: expected 0\.05, got 0\.1"),
+        ({"method": replace(ULFINE, mu=0.1)}, r"method\.mu: expected 0\.2, got 0\.1"),
         ({"schedule": replace(SCHEDULE, steps=80)}, r"schedule\.steps: expected 40, got 80"),
         ({"data": small_data(seed=1)}, r"data\.labelled"),
     ],
