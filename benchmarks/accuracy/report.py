@@ -212,6 +212,7 @@ def ablation_picture(found: dict[str, Rows]) -> None:
         axis.set_xlabel(f"{column} accuracy against ulfine_plus, points")
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].margins(y=0.01)
     axes[0].invert_yaxis()
     save(figure, "ablation")
 
