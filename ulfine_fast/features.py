@@ -141,14 +141,14 @@ def load_features(
     if len(split.validation):
         held_out = everything if encode == "all" else split.validation
         plain = features(train, "plain", 1, held_out)[0]
-        validation = _centred(plain[split.validation] if encode == "all" else plain, mean)
+        validation = centred(plain[split.validation] if encode == "all" else plain, mean)
     return FeatureData(
-        labelled=_centred(weak[:, labelled_rows], mean),
+        labelled=centred(weak[:, labelled_rows], mean),
         labels=torch.from_numpy(train.labels[split.labelled]),
-        weak=_centred(weak[:, unlabelled_rows], mean),
-        strong=_centred(strong[:, unlabelled_rows], mean),
+        weak=centred(weak[:, unlabelled_rows], mean),
+        strong=centred(strong[:, unlabelled_rows], mean),
         unlabelled_truth=torch.from_numpy(train.labels[split.unlabelled]),
-        test=_centred(plain_test, mean),
+        test=centred(plain_test, mean),
         test_labels=torch.from_numpy(test.labels),
         validation=validation,
         validation_labels=None if validation is None else torch.from_numpy(train.labels[split.validation]),
@@ -161,6 +161,7 @@ def load_features(
     )
 
 
-def _centred(rows: np.ndarray, mean: np.ndarray) -> Tensor:
-    centred = rows.astype(np.float32) - mean.astype(np.float32)
-    return F.normalize(torch.from_numpy(centred), dim=-1, eps=1e-12)
+def centred(rows: np.ndarray, mean: np.ndarray) -> Tensor:
+    """Unit rows float32 of features [..., D] less their mean [D]; a zero row stays zero."""
+    rows = rows.astype(np.float32) - mean.astype(np.float32)
+    return F.normalize(torch.from_numpy(rows), dim=-1, eps=1e-12)

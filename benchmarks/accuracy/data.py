@@ -30,7 +30,7 @@ from ulfine_fast.assets import verified
 from ulfine_fast.cache import cached_features, default_cache_dir
 from ulfine_fast.datasets import ImageSet, load_dataset
 from ulfine_fast.encoder import LiteClip, embed_text
-from ulfine_fast.features import FeatureData
+from ulfine_fast.features import FeatureData, centred
 from ulfine_fast.splits import make_split
 
 PACKAGES_VARIABLE = "ULFINE_STUDY_PACKAGES"
@@ -317,18 +317,14 @@ def draw(pool: Pool, *, unlabelled: str, seed: int) -> tuple[FeatureData, Tensor
         class_order="shuffled",
     )
     training = np.union1d(split.labelled, split.unlabelled)
-    mean = pool.weak[:, training].mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
-
-    def centred(rows: np.ndarray) -> Tensor:
-        return F.normalize(torch.from_numpy(rows.astype(np.float32) - mean), dim=-1)
-
+    mean = pool.weak[:, training].mean(axis=(0, 1), dtype=np.float64)
     data = FeatureData(
-        labelled=centred(pool.weak[:, split.labelled]),
+        labelled=centred(pool.weak[:, split.labelled], mean),
         labels=torch.from_numpy(pool.labels[split.labelled]),
-        weak=centred(pool.weak[:, split.unlabelled]),
-        strong=centred(pool.strong[:, split.unlabelled]),
+        weak=centred(pool.weak[:, split.unlabelled], mean),
+        strong=centred(pool.strong[:, split.unlabelled], mean),
         unlabelled_truth=torch.from_numpy(pool.labels[split.unlabelled]),
-        test=centred(pool.test),
+        test=centred(pool.test, mean),
         test_labels=torch.from_numpy(pool.test_labels),
         validation=None,
         validation_labels=None,
@@ -339,7 +335,7 @@ def draw(pool: Pool, *, unlabelled: str, seed: int) -> tuple[FeatureData, Tensor
         unlabelled_is_labelled=torch.from_numpy(split.unlabelled_is_labelled),
         split=split,
     )
-    return data, centred(pool.test_views)
+    return data, centred(pool.test_views, mean)
 
 
 def _encode(name: str, held_out: str) -> str:

@@ -62,7 +62,6 @@ class Fitted(NamedTuple):
     """What a run leaves: balanced logits of the held-out rows and what the pseudo-labels were like."""
 
     logits: Tensor  # [N, C] of `FeatureData.test`
-    linear: Tensor  # [N, C] of the linear branch alone
     diagnostics: dict[str, float]
 
 
@@ -147,8 +146,9 @@ class Learner:
         if self.scales is None:
             self.scales = torch.stack([z[:rows].std(-1, correction=0).mean() for z in branches])
         z = self.fuse(*branches)
-        p = (z / recipe.temperature).softmax(-1)
-        if recipe.prior_shift:
+        if not recipe.prior_shift:
+            p = (z / recipe.temperature).softmax(-1)
+        else:
             prior = self.truth_share() if recipe.estimate == "truth" else self.prior
             p = (z / recipe.temperature + recipe.prior_shift * prior.clamp_min(SMALLEST_SHARE).log()).softmax(
                 -1
@@ -291,7 +291,7 @@ def train(data: FeatureData, recipe: Recipe, schedule: Schedule) -> Fitted:
     with torch.no_grad():
         branches = learner.branches(data.test)
         eta = recipe.eta if recipe.predict_eta is None else recipe.predict_eta
-        return Fitted(learner.fuse(*branches, eta), branches[0], quality(learner))
+        return Fitted(learner.fuse(*branches, eta), quality(learner))
 
 
 @torch.no_grad()

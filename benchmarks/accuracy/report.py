@@ -40,6 +40,12 @@ def average(rows: Rows, column: str, pool: str | None = None) -> float:
     return mean(map(mean, values)) if values else float("nan")
 
 
+def scores(rows: Rows, pools: tuple[str, ...]) -> str:
+    """Cells of a table: "overall / few" of each pool, then overall and few of all."""
+    cells = [f"{average(rows, 'overall', p):.1f} / {average(rows, 'few', p):.1f}" for p in pools]
+    return " | ".join([*cells, *(f"{average(rows, c):.1f}" for c in ("overall", "few"))])
+
+
 def paired(ours: Rows, theirs: Rows, cell: tuple[str, str], column: str) -> tuple[float, float]:
     """Mean and standard error over seeds of ours - theirs."""
     differences = [ours[cell][seed][column] - theirs[cell][seed][column] for seed in ours[cell]]
@@ -54,14 +60,8 @@ def final_table(found: dict[str, Rows]) -> str:
         "|---|" + "---|" * (len(pools) + 4),
     ]
     for method in sorted(found, key=lambda m: -average(found[m], "overall")):
-        cells = [
-            f"{average(found[method], 'overall', p):.1f} / {average(found[method], 'few', p):.1f}"
-            for p in pools
-        ]
-        totals = f"{average(found[method], 'overall'):.1f} | {average(found[method], 'few'):.1f}"
-        lines.append(
-            f"| `{method}` | {' | '.join(cells)} | {totals} | {ranks[method]:.1f} | {len(SWEEPS[method])} |"
-        )
+        numbers = scores(found[method], pools)
+        lines.append(f"| `{method}` | {numbers} | {ranks[method]:.1f} | {len(SWEEPS[method])} |")
     return "\n".join(lines)
 
 
@@ -73,14 +73,14 @@ def cell_table(found: dict[str, Rows], ours: str) -> str:
     ]
     differences = []
     for cell in found[ours]:
-        scores = {m: mean(r["overall"] for r in found[m][cell].values()) for m in BASELINES}
-        best = max(scores, key=scores.get)
+        theirs = {m: mean(r["overall"] for r in found[m][cell].values()) for m in BASELINES}
+        best = max(theirs, key=theirs.get)
         overall, error = paired(found[ours], found[best], cell, "overall")
         few, few_error = paired(found[ours], found[best], cell, "few")
         mine = {c: mean(r[c] for r in found[ours][cell].values()) for c in ("overall", "few")}
         differences.append((overall, few))
         lines.append(
-            f"| {cell[0]} | {cell[1]} | `{best}` | {scores[best]:.1f} | {mine['overall']:.1f} "
+            f"| {cell[0]} | {cell[1]} | `{best}` | {theirs[best]:.1f} | {mine['overall']:.1f} "
             f"| {overall:+.1f} ± {error:.1f} | {mine['few']:.1f} | {few:+.1f} ± {few_error:.1f} |"
         )
     lines.append(
@@ -90,11 +90,11 @@ def cell_table(found: dict[str, Rows], ours: str) -> str:
 
 
 def chosen_table() -> str:
-    scores = by_method("development")
+    found = by_method("development")
     lines = ["| method | configuration chosen | overall | few |", "|---|---|---|---|"]
     for method, configuration in choose().items():
         shown = ", ".join(f"{k} {v}" for k, v in configuration.items() if k != "preset") or "-"
-        rows = scores[method]
+        rows = found[method]
         lines.append(
             f"| `{method}` | {shown} | {average(rows, 'overall'):.1f} | {average(rows, 'few'):.1f} |"
         )
@@ -123,10 +123,7 @@ def ablation_table(found: dict[str, Rows]) -> str:
     pools = STAGES["ablation"].pools
     lines = ["| choice | " + " | ".join(pools) + " | all | few |", "|---|" + "---|" * (len(pools) + 2)]
     for name, rows in found.items():
-        cells = [f"{average(rows, 'overall', p):.1f} / {average(rows, 'few', p):.1f}" for p in pools]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {average(rows, 'overall'):.1f} | {average(rows, 'few'):.1f} |"
-        )
+        lines.append(f"| {name} | {scores(rows, pools)} |")
     return "\n".join(lines)
 
 
