@@ -27,6 +27,7 @@ from ulfine_fast.ops.orthogonality import orthogonality_reference
 from ulfine_fast.trainer import (
     CHECKPOINT,
     Batches,
+    LabelledClasses,
     Stream,
     build_head,
     build_optimizer,
@@ -50,12 +51,16 @@ def small_run(method=ULFINE, schedule=SCHEDULE, data=None, **options):
     return head, result
 
 
+def labelled_classes(data):
+    return LabelledClasses(data.labelled_counts, labelled_log_prior(data.labelled_counts))
+
+
 def one_step(method, data=None, schedule=SCHEDULE):
     data = small_data() if data is None else data
     head = build_head(data.prototypes, method, 0)
     optimizer = build_optimizer(head, method, schedule)
     batch = Batches(data, method, schedule, torch.device("cpu"))(0)
-    return data, head, optimizer, batch, data.labelled_counts
+    return data, head, optimizer, batch, labelled_classes(data)
 
 
 def middle_confidence(head, batch):
@@ -80,7 +85,7 @@ def assert_same(left, right):
 @pytest.mark.parametrize("loss_on", ["branches", "fused"])
 def test_step_minimises_the_written_formula(adjust, loss_on):
     method = replace(ULFINE, adjust_unlabelled=adjust, loss_on=loss_on, unlabelled_weight=0.7)
-    _, head, optimizer, batch, counts = one_step(method)
+    _, head, optimizer, batch, classes = one_step(method)
     method = replace(method, threshold=middle_confidence(head, batch))
     head.state.kept_distribution.copy_(torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0, 0.0]))
     kept_prior = head.state.kept_distribution.clamp_min(1e-4)
@@ -111,13 +116,13 @@ def test_step_minimises_the_written_formula(adjust, loss_on):
             True,
         )
 
-    labelled = term(batch.labelled, batch.targets, torch.full((16,), 1 / 16), labelled_log_prior(counts))
-    prior = {"none": None, "labelled": labelled_log_prior(counts), "kept": kept_prior}[adjust]
+    labelled = term(batch.labelled, batch.targets, torch.full((16,), 1 / 16), classes.log_prior)
+    prior = {"none": None, "labelled": classes.log_prior, "kept": kept_prior}[adjust]
     unlabelled = term(batch.strong, pseudo.label, pseudo.keep * (0.7 / 24), prior)
     loss = labelled + unlabelled + method.orthogonality_weight * orthogonality_reference(textual)
     loss.backward()
 
-    report = train_step(head, optimizer, batch, method, counts)
+    report = train_step(head, optimizer, batch, method, classes)
     assert report.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert report.acceptance.item() == pytest.approx(pseudo.keep.float().mean().item())
     torch.testing.assert_close(head.linear.grad, linear.grad.float(), rtol=1e-4, atol=1e-6)
@@ -128,25 +133,25 @@ def test_kept_adjustment_is_none_before_the_first_kept_pseudo_label():
     losses = []
     for adjust in ("none", "kept"):
         method = replace(ULFINE, adjust_unlabelled=adjust, threshold=0.5)
-        _, head, optimizer, batch, counts = one_step(method)
-        losses.append(train_step(head, optimizer, batch, method, counts).loss.item())
+        _, head, optimizer, batch, classes = one_step(method)
+        losses.append(train_step(head, optimizer, batch, method, classes).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_first_step_measures_the_branches_before_it_fuses_them():
-    _, head, optimizer, batch, counts = one_step(replace(ULFINE, proto_scale=5.0))
+    _, head, optimizer, batch, classes = one_step(replace(ULFINE, proto_scale=5.0))
     expected = head.pseudo_label(batch.weak, 0.7, scale_rows=64).branch_scale
-    train_step(head, optimizer, batch, replace(ULFINE, proto_scale=5.0), counts, first=True)
+    train_step(head, optimizer, batch, replace(ULFINE, proto_scale=5.0), classes, first=True)
     assert head.state.measured
     torch.testing.assert_close(head.state.branch_scale, expected)
     assert head.state.align() > 2.0
 
 
 def test_step_updates_the_estimators_after_the_optimizer():
-    _, head, optimizer, batch, counts = one_step(replace(ULFINE, mu=1.0))
+    _, head, optimizer, batch, classes = one_step(replace(ULFINE, mu=1.0))
     before = head.state.textual.detach().clone()
     pseudo = head.pseudo_label(batch.weak, 0.7)
-    train_step(head, optimizer, batch, replace(ULFINE, mu=1.0), counts)
+    train_step(head, optimizer, batch, replace(ULFINE, mu=1.0), classes)
     share = pseudo.histogram / pseudo.histogram.sum()
     torch.testing.assert_close(head.state.distribution, 0.01 * share)
     top = int(share.argmax())
@@ -158,10 +163,10 @@ def test_step_updates_the_estimators_after_the_optimizer():
 
 def test_copies_of_labelled_images_do_not_count_in_the_distribution():
     data = small_data(protocol="acr")
-    _, head, optimizer, batch, counts = one_step(ULFINE, data)
+    _, head, optimizer, batch, classes = one_step(ULFINE, data)
     assert batch.copies is not None and batch.copies.any() and not batch.copies.all()
     pseudo = head.pseudo_label(batch.weak[~batch.copies], 0.7)
-    train_step(head, optimizer, batch, ULFINE, counts)
+    train_step(head, optimizer, batch, ULFINE, classes)
     torch.testing.assert_close(
         head.state.distribution, 0.01 * pseudo.histogram / pseudo.histogram.sum(), rtol=1e-5, atol=1e-8
     )
@@ -170,12 +175,12 @@ def test_copies_of_labelled_images_do_not_count_in_the_distribution():
 def test_rejected_strong_rows_do_not_matter():
     results = []
     for poison in (False, True):
-        _, head, optimizer, batch, counts = one_step(ULFINE)
+        _, head, optimizer, batch, classes = one_step(ULFINE)
         method = replace(ULFINE, threshold=middle_confidence(head, batch))
         pseudo = head.pseudo_label(batch.weak, method.threshold)
         assert not pseudo.keep.all()
         strong = torch.where(pseudo.keep[:, None], batch.strong, torch.nan) if poison else batch.strong
-        train_step(head, optimizer, batch._replace(strong=strong), method, counts)
+        train_step(head, optimizer, batch._replace(strong=strong), method, classes)
         results.append(snapshot(head, optimizer))
     assert_same(*results)
 
@@ -185,32 +190,32 @@ def test_rejected_strong_rows_do_not_matter():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_step_that_is_not_finite_changes_nothing(optimizer_name, warm, bad):
     schedule = replace(SCHEDULE, optimizer=optimizer_name)
-    _, head, optimizer, batch, counts = one_step(ULFINE, schedule=schedule)
+    _, head, optimizer, batch, classes = one_step(ULFINE, schedule=schedule)
     if warm:
-        assert train_step(head, optimizer, batch, ULFINE, counts, first=True).finite
+        assert train_step(head, optimizer, batch, ULFINE, classes, first=True).finite
     before = snapshot(head, optimizer)
     labelled = batch.labelled.clone()
     labelled[3] = bad
     poisoned = batch._replace(labelled=labelled)
-    report = train_step(head, optimizer, poisoned, ULFINE, counts, first=not warm)
+    report = train_step(head, optimizer, poisoned, ULFINE, classes, first=not warm)
     assert not report.finite
     after = snapshot(head, optimizer)
     if not warm and optimizer_name == "adamw":
         # AdamW makes its zero moments at the first step, skipped or not
         assert all(not after.pop(name).any() for name in after.keys() - before.keys())
     assert_same(before, after)
-    assert train_step(head, optimizer, batch, ULFINE, counts).finite
+    assert train_step(head, optimizer, batch, ULFINE, classes).finite
 
 
 def test_skipped_first_step_does_not_change_what_follows():
     results = []
     for skip_first in (False, True):
-        _, head, optimizer, batch, counts = one_step(ULFINE)
+        _, head, optimizer, batch, classes = one_step(ULFINE)
         if skip_first:
             poisoned = batch._replace(labelled=batch.labelled * torch.nan)
-            assert not train_step(head, optimizer, poisoned, ULFINE, counts, first=True).finite
+            assert not train_step(head, optimizer, poisoned, ULFINE, classes, first=True).finite
         for step in range(3):
-            train_step(head, optimizer, batch, ULFINE, counts, first=step == 0)
+            train_step(head, optimizer, batch, ULFINE, classes, first=step == 0)
         results.append(snapshot(head, optimizer))
     assert_same(*results)
 
@@ -233,8 +238,8 @@ def test_the_terms_of_the_first_step_add_up():
     schedule = replace(SCHEDULE, log_every=1, steps=2)
     method = replace(ULFINE, proto_scale=5.0, threshold=1.0)
     _, result = small_run(method, schedule)
-    _, head, optimizer, batch, counts = one_step(method, schedule=schedule)
-    loss = train_step(head, optimizer, batch, method, counts, first=True).loss.item()
+    _, head, optimizer, batch, classes = one_step(method, schedule=schedule)
+    loss = train_step(head, optimizer, batch, method, classes, first=True).loss.item()
     first = result.history[0]
     assert first["loss_unlabelled"] == 0
     assert first["loss_labelled"] + first["orthogonality"] == pytest.approx(loss, rel=1e-5)
@@ -500,9 +505,9 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_checkpoint(tmp_path, monk
 
 def test_posterior_fitting_reads_the_weak_views_under_the_estimated_prior():
     method = replace(ULFINE, fitting="posterior", prior_shift=0.7, orthogonality_weight=0.0, threshold=0.2)
-    _, head, optimizer, batch, counts = one_step(method)
+    _, head, optimizer, batch, classes = one_step(method)
     with torch.no_grad():
-        head.state.distribution.copy_(torch.linspace(0.0, 0.3, len(counts)))
+        head.state.distribution.copy_(torch.linspace(0.0, 0.3, len(classes.counts)))
     expected = copy.deepcopy(head)
     adjustment = 0.7 * head.state.log_distribution()
     pseudo = head.pseudo_label(
@@ -511,13 +516,13 @@ def test_posterior_fitting_reads_the_weak_views_under_the_estimated_prior():
     plain = head.pseudo_label(batch.weak, method.threshold)
     assert not torch.allclose(pseudo.confidence, plain.confidence)
 
-    train_step(head, optimizer, batch, method, counts)
+    train_step(head, optimizer, batch, method, classes)
     rates = {"mu": 0.0, "beta": method.beta, "gamma": method.gamma, "scale_decay": method.scale_decay}
     expected.state.update(batch.labelled, batch.targets, pseudo, **rates)
     expected.state.refit(
         batch.weak,
         pseudo,
-        counts,
+        classes.counts,
         strength=method.strength,
         unlabelled_mass=method.unlabelled_mass,
         gamma=method.gamma,
@@ -548,11 +553,11 @@ def test_a_step_reads_nothing_back(monkeypatch, first, changes):
     # on the CPU alone the ops look at the labels, to name one that is too large
     monkeypatch.setattr("ulfine_fast.ops._checks.labels", lambda *arguments: None)
     method = replace(ULFINE, **changes)
-    _, head, optimizer, batch, counts = one_step(method, small_data(protocol="acr"))
+    _, head, optimizer, batch, classes = one_step(method, small_data(protocol="acr"))
     with NoHostReads(), pytest.raises(AssertionError, match="waits"):
-        counts.sum().item()
+        classes.counts.sum().item()
     with use_backend("reference"), NoHostReads():
-        train_step(head, optimizer, batch, method, counts, first=first)
+        train_step(head, optimizer, batch, method, classes, first=first)
 
 
 @pytest.mark.gpu
@@ -565,12 +570,12 @@ def test_a_step_never_waits_for_the_device(optimizer_name):
     head = build_head(data.prototypes.cuda(), method, 0)
     optimizer = build_optimizer(head, method, schedule)
     batches = Batches(data, method, schedule, torch.device("cuda"))
-    counts = data.labelled_counts.cuda()
-    train_step(head, optimizer, batches(0), method, counts, first=True)
+    classes = LabelledClasses(*(t.cuda() for t in labelled_classes(data)))
+    train_step(head, optimizer, batches(0), method, classes, first=True)
     batch = batches(1)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        report = train_step(head, optimizer, batch, method, counts)
+        report = train_step(head, optimizer, batch, method, classes)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert report.finite

@@ -61,6 +61,13 @@ class Batch(NamedTuple):
     copies: Tensor | None = None  # [B_u] bool, the image is in the labelled set too; None: no such image
 
 
+class LabelledClasses(NamedTuple):
+    """How the labelled images of the training set spread over the classes; see `labelled_log_prior`."""
+
+    counts: Tensor  # [C] int64
+    log_prior: Tensor  # [C] float32
+
+
 class StepReport(NamedTuple):
     """What a step says of itself, scalars on the device."""
 
@@ -74,7 +81,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     method: Method,
-    labelled_counts: Tensor,
+    classes: LabelledClasses,
     *,
     first: bool = False,
 ) -> StepReport:
@@ -82,14 +89,13 @@ def train_step(
 
     Args:
         optimizer: from `build_optimizer`, which can skip a step on the device.
-        labelled_counts: [C] labelled images of each class in the training set.
+        classes: the labelled images of the whole training set by class.
         first: the branch scales are measured on this batch before the branches are fused.
 
     A loss or a gradient that is not finite leaves parameters, optimizer and estimators bit by bit as they
     were. Copies of labelled images are pseudo-labelled and trained on, but do not count in P_u.
     """
     state = head.state
-    log_prior = labelled_log_prior(labelled_counts)
     scales_before = state.branch_scale.clone(), state.measured.clone()
     if first:
         _measure(head, batch.weak, method)
@@ -99,8 +105,8 @@ def train_step(
         batch.targets,
         method.threshold,
         weak_adjustment=weak_adjustment(state, method),
-        adjustment=method.adjust_labelled * log_prior,
-        strong_adjustment=_strong_adjustment(state, method, log_prior),
+        adjustment=method.adjust_labelled * classes.log_prior,
+        strong_adjustment=_strong_adjustment(state, method, classes.log_prior),
         temperature=method.temperature,
         scale_rows=method.scale_rows,
         unlabelled_weight=method.unlabelled_weight,
@@ -120,7 +126,7 @@ def train_step(
             unit = F.normalize(state.textual, dim=-1)
             state.textual.copy_(torch.where(finite, unit, state.textual))
         if len(batch.weak):
-            _update_state(state, batch, pseudo, method, labelled_counts, finite, scales_before)
+            _update_state(state, batch, pseudo, method, classes.counts, finite, scales_before)
     return StepReport(loss.detach(), pseudo.keep.sum() / max(len(batch.weak), 1), finite)
 
 
@@ -393,7 +399,8 @@ def train(
     if steps:
         batches = Batches(data, method, schedule, device)
         quality = Quality(data, schedule.seed, device) if batches.from_unlabelled else None
-        counts = torch.as_tensor(data.labelled_counts).to(device)
+        counts = torch.as_tensor(data.labelled_counts)
+        classes = LabelledClasses(counts.to(device), labelled_log_prior(counts).to(device))
 
     started = time.perf_counter() - result.seconds
     with _bar(result.steps, steps, progress) as bar:
@@ -402,8 +409,8 @@ def train(
                 group["lr"] = learning_rate(schedule, step)
             batch = batches(step)
             log = (step + 1) % schedule.log_every == 0 or step + 1 == steps
-            terms = _terms(head, batch, method, counts, first=step == 0) if log else None
-            report = train_step(head, optimizer, batch, method, counts, first=step == 0)
+            terms = _terms(head, batch, method, classes.log_prior, first=step == 0) if log else None
+            report = train_step(head, optimizer, batch, method, classes, first=step == 0)
             row = torch.where(report.finite, 0, skips[0] + 1)
             skips = torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~report.finite])
             if log:
@@ -443,13 +450,13 @@ def _bar(start: int, steps: int, progress: bool) -> Any:
 
 @torch.no_grad()
 def _terms(
-    head: DualHead, batch: Batch, method: Method, labelled_counts: Tensor, *, first: bool
+    head: DualHead, batch: Batch, method: Method, log_prior: Tensor, *, first: bool
 ) -> tuple[Tensor, Tensor]:
     """Labelled cross-entropy and orthogonality of the batch before its step."""
     if first:
         head = copy.deepcopy(head)
         _measure(head, batch.weak, method)
-    adjustment = method.adjust_labelled * labelled_log_prior(labelled_counts)
+    adjustment = method.adjust_labelled * log_prior
     return head.loss(batch.labelled, batch.targets, adjustment=adjustment), head.orthogonality()
 
 
