@@ -8,6 +8,7 @@ the study has; their defaults are what the library does.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,12 @@ class Recipe(Method):
     predict_eta: float | None = None  # of the prediction, None: eta
     orthogonality: str = "off_diagonal"  # "frobenius": squared distance of the Gram matrix from I, over C
     start: str = "text"  # "posterior": both branches start from the posterior means of the labelled rows
+
+
+ON_UNLABELLED = {
+    "adjust_unlabelled", "threshold", "temperature", "prior_shift", "unlabelled_mass", "soft_prior", "thresholds",
+    "soft", "ramp", "warm_up", "weak_view", "oracle", "estimate", "predict_eta", "exact_means",
+}  # fmt: skip
 
 
 def recipe(name: str, **changes: Any) -> Recipe:
@@ -292,6 +299,7 @@ def optimizer_of(learner: Learner) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=MOMENTUM)
 
 
+@lru_cache(maxsize=16)
 def held_out_losses(data: FeatureData, recipe: Recipe, schedule: Schedule) -> dict[float, float]:
     """Cross-validated loss of each candidate for eta on labelled rows; see `ulfine_fast.validation`."""
     order = torch.from_numpy(np.random.default_rng((schedule.seed, 3)).permutation(len(data.labels)))
@@ -333,7 +341,9 @@ def held_out_losses(data: FeatureData, recipe: Recipe, schedule: Schedule) -> di
 def train(data: FeatureData, recipe: Recipe, schedule: Schedule) -> Fitted:
     """Train `recipe` on `data` and read its balanced logits on the held-out rows."""
     if recipe.eta_folds:
-        losses = held_out_losses(data, recipe, schedule)
+        # What only unlabelled rows see does not change these losses: many recipes share them.
+        defaults = {f.name: f.default for f in fields(Recipe) if f.name in ON_UNLABELLED}
+        losses = held_out_losses(data, replace(recipe, **defaults), schedule)
         recipe = replace(recipe, eta=min(losses, key=losses.get))
     if recipe.weak_view == "mean":
         data = replace(data, weak=unit(data.weak.mean(0, keepdim=True)).expand_as(data.weak))
