@@ -185,7 +185,7 @@ def test_opcheck():
     s = step()
     arguments = (
         s.features, s.weak, s.targets, s.linear, s.prototypes, torch.tensor([0.3]),
-        torch.tensor(0.9), torch.zeros(11), torch.zeros(11), None, 0.5, 25.0, 25.0, 1.0, True, 20, True, 1.0, 1.0, True, True, True,
+        torch.tensor(0.9), torch.zeros(11), torch.zeros(11), None, 0.5, 25.0, 25.0, 1.0, True, 20, True, 1.0, 1.0, True, True, True, "cpp",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.ulfine._head_loss.default, arguments)
 

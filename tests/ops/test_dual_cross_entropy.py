@@ -511,7 +511,7 @@ def test_cpp_refuses_a_second_derivative() -> None:
 def test_opcheck(layout, need) -> None:
     change = LAYOUTS.get(layout, torch.clone)
     values = [change(tensor) for tensor in (inputs(5, 10, 17) | grouped(5, 10)).values()]
-    arguments = (*values, torch.tensor(1.5), 0.3, 25.0, 25.0, False, True, *need)
+    arguments = (*values, torch.tensor(1.5), 0.3, 25.0, 25.0, False, True, *need, "cpp")
     torch.library.opcheck(torch.ops.ulfine._dual_cross_entropy.default, arguments)
 
 
@@ -528,6 +528,7 @@ def test_opcheck_without_adjustment() -> None:
         False,
         True,
         True,
+        "cpp",
     )
     torch.library.opcheck(torch.ops.ulfine._dual_cross_entropy.default, arguments)
 

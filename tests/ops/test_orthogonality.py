@@ -231,7 +231,7 @@ def test_no_gradient_without_a_leaf(backend) -> None:
 @pytest.mark.parametrize(("c", "d"), [(5, 9), (9, 5)])
 def test_opcheck(layout, c, d) -> None:
     prototypes = LAYOUTS.get(layout, torch.clone)(inputs(c, d))
-    torch.library.opcheck(torch.ops.ulfine._orthogonality.default, (prototypes,))
+    torch.library.opcheck(torch.ops.ulfine._orthogonality.default, (prototypes, "cpp"))
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])

@@ -462,7 +462,7 @@ def test_opcheck(layout) -> None:
     arguments = inputs(5, 10, 17)
     for name in ("features", "targets", "histogram"):
         arguments[name] = LAYOUTS.get(layout, torch.clone)(arguments[name])
-    torch.library.opcheck(torch.ops.ulfine._proto_fit_.default, (*arguments.values(), *RATES.values()))
+    torch.library.opcheck(torch.ops.ulfine._proto_fit_.default, (*arguments.values(), *RATES.values(), "cpp"))
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])

@@ -470,7 +470,7 @@ def test_opcheck(layout, thresholds) -> None:
     change = LAYOUTS.get(layout, torch.clone)
     arguments = *map(change, inputs(5, 10, 17)), torch.full((thresholds,), 0.3), torch.tensor(1.5)
     arguments += (torch.zeros(10) if thresholds > 1 else None,)
-    torch.library.opcheck(torch.ops.ulfine._pseudo_label.default, (*arguments, 0.5, 25.0, 25.0, 1.0, True, 4))
+    torch.library.opcheck(torch.ops.ulfine._pseudo_label.default, (*arguments, 0.5, 25.0, 25.0, 1.0, True, 4, "cpp"))
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._handover import hand_over, keep
@@ -66,7 +66,7 @@ torch.library.define(
     "ulfine::_dual_cross_entropy",
     "(Tensor features, Tensor targets, Tensor linear, Tensor prototypes, Tensor weights, Tensor? adjustment, "
     "Tensor? group, Tensor align, float eta, float linear_scale, float proto_scale, bool fused, "
-    "bool normalize_linear, bool need_features, bool need_linear) -> (Tensor, Tensor, Tensor)",
+    "bool normalize_linear, bool need_features, bool need_linear, str backend) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -87,6 +87,7 @@ def _(
     normalize_linear,
     need_features,
     need_linear,
+    backend,
 ):
     return (
         features.new_empty((), dtype=torch.float32),
@@ -95,18 +96,24 @@ def _(
     )
 
 
-@torch.library.impl("ulfine::_dual_cross_entropy", "cpu")
+@torch.library.impl("ulfine::_dual_cross_entropy", ("cpu", "cuda"))
 def _(*arguments):
-    return _native.dual_cross_entropy(*arguments)
+    *inputs, backend = arguments
+    if backend == "triton":
+        from ulfine_fast.kernels.dual_cross_entropy import dual_cross_entropy_triton
+
+        return dual_cross_entropy_triton(*inputs)
+    return (_cuda if backend == "cuda" else _native).dual_cross_entropy(*inputs)
 
 
 class _DualCrossEntropy(torch.autograd.Function):
     """The op returns the gradients with the loss: recomputing the logits would double the work."""
 
     @staticmethod
-    def forward(ctx, features, linear, targets, prototypes, weights, adjustment, group, align, *options):
+    def forward(ctx, features, linear, targets, prototypes, weights, adjustment, group, align, *rest):
         tensors = features, targets, linear, prototypes, weights, adjustment, group, align
-        ctx.options = *options, *ctx.needs_input_grad[:2]
+        *options, backend = rest
+        ctx.options = *options, *ctx.needs_input_grad[:2], backend
         ctx.dtypes = features.dtype, linear.dtype
         loss, *gradients = torch.ops.ulfine._dual_cross_entropy.default(*tensors, *ctx.options)
         keep(ctx, gradients, tensors)
@@ -221,12 +228,13 @@ def dual_cross_entropy(
         on_fused(op, loss_on),
         normalize_linear,
     )
-    if choose(op, features, dtype, backend) == "reference":
+    chosen = choose(op, features, dtype, backend)
+    if chosen == "reference":
         return dual_cross_entropy_reference(features, targets, linear, prototypes, *options)
     if not torch.is_grad_enabled():
         # Or the op would compute gradients that nobody asks for.
         features, linear = features.detach(), linear.detach()
-    return _DualCrossEntropy.apply(features, linear, targets, prototypes, *options)
+    return _DualCrossEntropy.apply(features, linear, targets, prototypes, *options, chosen)
 
 
 def on_fused(op: str, loss_on: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._rows import ZERO_NORM_SQUARED, unit_rows, without_autocast, working_dtype
@@ -57,7 +57,7 @@ def _(features, prototypes, scale, backend):
         from ulfine_fast.kernels.proto_logits import proto_logits_triton
 
         return proto_logits_triton(features, prototypes, scale, ZERO_NORM_SQUARED)
-    return _native.proto_logits(features, prototypes, scale)
+    return (_cuda if backend == "cuda" else _native).proto_logits(features, prototypes, scale)
 
 
 @torch.library.impl("ulfine::_proto_logits_backward", ("cpu", "cuda"))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._rows import unit_rows, without_autocast, working_dtype
@@ -102,7 +102,7 @@ def pseudo_label_reference(
 torch.library.define(
     "ulfine::_pseudo_label",
     "(Tensor features, Tensor linear, Tensor prototypes, Tensor threshold, Tensor align, "
-    "Tensor? adjustment, float eta, float linear_scale, float proto_scale, float temperature, bool normalize_linear, SymInt scale_rows) "
+    "Tensor? adjustment, float eta, float linear_scale, float proto_scale, float temperature, bool normalize_linear, SymInt scale_rows, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -121,6 +121,7 @@ def _(
     temperature,
     normalize_linear,
     scale_rows,
+    backend,
 ):
     rows, classes = features.shape[0], linear.shape[0]
     return (
@@ -133,9 +134,14 @@ def _(
     )
 
 
-@torch.library.impl("ulfine::_pseudo_label", "cpu")
+@torch.library.impl("ulfine::_pseudo_label", ("cpu", "cuda"))
 def _(*arguments):
-    return _native.pseudo_label(*arguments)
+    *inputs, backend = arguments
+    if backend == "triton":
+        from ulfine_fast.kernels.pseudo_label import pseudo_label_triton
+
+        return pseudo_label_triton(*inputs)
+    return (_cuda if backend == "cuda" else _native).pseudo_label(*inputs)
 
 
 def pseudo_label(
@@ -216,11 +222,12 @@ def pseudo_label(
         normalize_linear,
         measured_rows(op, scale_rows, features.shape[0]),
     )
-    if choose(op, features, dtype, backend) == "reference":
+    chosen = choose(op, features, dtype, backend)
+    if chosen == "reference":
         return pseudo_label_reference(*arguments)
     return PseudoLabels(
         *torch.ops.ulfine._pseudo_label.default(
-            *(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+            *(a.detach() if isinstance(a, Tensor) else a for a in arguments), chosen
         )
     )
 
