@@ -8,7 +8,7 @@ SHELL := bash
 
 READY := .venv/ready
 BIN := .venv/bin
-C_FILES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+C_FILES := $(shell find csrc kernels tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Idle OpenMP threads sleep: spinning ones would take the cores from the others.
 export OMP_WAIT_POLICY := passive
 ifdef CI

@@ -101,8 +101,10 @@ def test_is_the_composition_of_the_public_ops(backend, loss_on, views):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     for got, wanted in zip(gradients(ours), gradients(parts), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+    # Cuda fuses logits here that it computes for the loss anyway, and banks where it has pseudo-labels alone.
+    same = torch.testing.assert_close if backend == "cuda" else assert_same_bits
     for got, wanted in zip(pseudo, labels, strict=True):
-        assert_same_bits(got, wanted)
+        same(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

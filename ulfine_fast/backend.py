@@ -14,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 # Ops that each explicit back end has; `reference` has them all. `auto` never picks an unmeasured one.
 OPS = ("proto_logits", "pseudo_label", "dual_cross_entropy", "proto_fit", "orthogonality")
-IMPLEMENTED = {"reference": OPS, "cpp": OPS, "triton": ("proto_logits",), "cuda": ("proto_logits",)}
+IMPLEMENTED = {"reference": OPS, "cpp": OPS, "triton": ("proto_logits",), "cuda": OPS}
 # What is composed of ops runs where all of them do.
-COMPOSED = {"head_loss": ("reference", "cpp")}
+COMPOSED = {"head_loss": ("reference", "cpp", "cuda")}
 
 _selected = "auto"
 
@@ -100,10 +100,12 @@ def choose(op: str, features: Tensor, dtype: torch.dtype, requested: str | None 
         if device != "cpu":
             raise RuntimeError(f"{op}: cpp needs a CPU tensor, got {device}")
         return name
+    if device == "cpu" and (_cuda.emulated() if name == "cuda" else _interpreting()):
+        return name
     state = availability()[name]
     if not state.built or (device == "cuda" and not state.available):
         raise RuntimeError(f"{op}: {name} is not available: {state.reason}")
-    if device != "cuda" and not (name == "triton" and _interpreting()):
+    if device != "cuda":
         here = [b for b in ("reference", "cpp") if availability()[b].available]
         raise RuntimeError(f"{op}: {name} needs a CUDA tensor, got {device}; here: auto, {', '.join(here)}")
     return name

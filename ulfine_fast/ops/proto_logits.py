@@ -62,11 +62,11 @@ def _(features, prototypes, scale, backend):
 
 @torch.library.impl("ulfine::_proto_logits_backward", ("cpu", "cuda"))
 def _(grad, features, prototypes, scale, need_features, need_prototypes, backend):
-    if backend == "cpp":
-        return _native.proto_logits_backward(
+    if backend != "triton":
+        return (_cuda if backend == "cuda" else _native).proto_logits_backward(
             grad, features, prototypes, scale, need_features, need_prototypes
         )
-    # The GPU back ends have a forward kernel only: the gradient is the reference's.
+    # Triton has a forward kernel only: the gradient is the reference's.
     with torch.enable_grad():
         leaves = [
             features.detach().requires_grad_(need_features),

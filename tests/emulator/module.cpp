@@ -1,0 +1,6 @@
+// A module with the CUDA launchers as they run in the emulator; pytest builds it, see tests/conftest.py.
+#include <pybind11/pybind11.h>
+
+#include "cuda/kernels.h"
+
+PYBIND11_MODULE(emulated, m) { ulfine::cuda::bind(m); }
