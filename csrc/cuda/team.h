@@ -45,8 +45,7 @@ __device__ inline T reduce(T value, const Combine& combine) {
     value = threadIdx.x & distance ? combine(other, value) : combine(value, other);
   }
   if constexpr (kTeam > kWarp) {
-    __shared__ char memory[kTeam / kWarp * sizeof(T)];
-    T* const warps = reinterpret_cast<T*>(memory);
+    __shared__ T warps[kTeam / kWarp];
     // The reduction before this one may still be read.
     __syncthreads();
     if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;

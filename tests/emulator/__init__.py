@@ -13,22 +13,28 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+HEADERS = [CSRC / "row_math.h", *sorted((CSRC / "cuda").glob("*.h")), *sorted(HERE.glob("*.h"))]
+
+
+def build(folder: Path, *units: Path) -> Path:
+    """A shared library of `units` in `folder`, made again only when one of the sources has changed."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*units, *HEADERS))).hexdigest()[:16]
+    library = folder / f"{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        paths = [HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+        subprocess.run(
+            ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-fvisibility=hidden",
+             *(f"-I{path}" for path in paths), "-o", library, "-xc++", *units],
+            check=True,
+        )  # fmt: skip
+    return library
 
 
 def load(folder: Path) -> ModuleType:
-    """The module of launchers, from `folder` if it was built there from these very sources."""
-    units = [HERE / "module.cpp", CSRC / "cuda/bindings.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
-    headers = [CSRC / "row_math.h", *sorted((CSRC / "cuda").glob("*.h")), *HERE.glob("*.h")]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*units, *headers))).hexdigest()[:16]
-    built = folder / f"{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not built.exists():
-        paths = [HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-        subprocess.run(
-            ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared",
-             "-fvisibility=hidden", *(f"-I{path}" for path in paths), "-o", built, *units[:2], "-xc++", *units[2:]],
-            check=True,
-        )  # fmt: skip
-    spec = importlib.util.spec_from_file_location("emulated", built)
+    """The module of all launchers."""
+    library = build(folder, HERE / "module.cpp", CSRC / "cuda/bindings.cpp", *KERNELS)
+    spec = importlib.util.spec_from_file_location("emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
