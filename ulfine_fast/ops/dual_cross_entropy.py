@@ -172,7 +172,7 @@ def dual_cross_entropy(
         linear_scale, proto_scale: inverse temperatures of the branches, above 0.
         loss_on: "branches" for one cross-entropy per branch, "fused" for one on the fused logits.
         normalize_linear: True for a cosine probe; False uses the rows of `linear` as they are.
-        backend: None (the selected one), "auto", "reference" or "cpp".
+        backend: None (the selected one), "auto", "reference", "cpp" or "cuda".
 
     Returns:
         Scalar loss in nats, float32 (float64 if features or a bank is). NaN if a row that counts is not finite.

@@ -178,7 +178,7 @@ def pseudo_label(
         normalize_linear: True for a cosine probe; False uses the rows of `linear` as they are.
         scale_rows: rows that `branch_scale` is measured on, from the first; None is all, 0 gives zeros. A
             few dozen of a shuffled batch give the same running mean for a fraction of the work.
-        backend: None (the selected one), "auto", "reference" or "cpp".
+        backend: None (the selected one), "auto", "reference", "cpp" or "cuda".
 
     Returns:
         PseudoLabels. A row whose confidence is not finite (a NaN, or an infinite feature) gets label -1,
