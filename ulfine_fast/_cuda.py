@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ulfine_fast import _native
 
-# The launchers. A test may put the same ones here, built for its emulator, which takes CPU tensors.
+# The launchers. A test may put the same ones here, built for an emulator.
 kernels = _native._C
 
 
 def emulated() -> bool:
-    """Whether the launchers take CPU tensors."""
-    return kernels is not _native._C
+    """Whether the launchers run in an emulator, which takes CPU tensors."""
+    return getattr(kernels, "emulated", False)
 
 
 def _on_device_of_first(function: Callable) -> Callable:
@@ -39,20 +39,15 @@ def _on_device_of_first(function: Callable) -> Callable:
 def _launch(name: str, *fields: object) -> None:
     """Run a launcher on the current stream; tensors become addresses, None becomes null."""
     stream = 0 if emulated() else torch.cuda.current_stream().cuda_stream
-    getattr(kernels, name)(_addresses(fields), stream)
+    getattr(kernels, name)(_plain(fields), stream)
 
 
-def _addresses(fields: tuple) -> tuple:
-    return tuple(
-        field.data_ptr()
-        if isinstance(field, Tensor)
-        else _addresses(field)
-        if isinstance(field, tuple)
-        else 0
-        if field is None
-        else field
-        for field in fields
-    )
+def _plain(field: object) -> object:
+    if field is None:
+        return 0
+    if isinstance(field, tuple):
+        return tuple(map(_plain, field))
+    return field.data_ptr() if isinstance(field, Tensor) else field
 
 
 def _f32(tensor: Tensor | None) -> Tensor | None:

@@ -100,6 +100,7 @@ def choose(op: str, features: Tensor, dtype: torch.dtype, requested: str | None 
         if device != "cpu":
             raise RuntimeError(f"{op}: cpp needs a CPU tensor, got {device}")
         return name
+    # Without a GPU: Triton's interpreter, and the tests' emulator of CUDA.
     if device == "cpu" and (_cuda.emulated() if name == "cuda" else _interpreting()):
         return name
     state = availability()[name]
