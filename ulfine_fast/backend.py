@@ -100,16 +100,29 @@ def choose(op: str, features: Tensor, dtype: torch.dtype, requested: str | None 
         if device != "cpu":
             raise RuntimeError(f"{op}: cpp needs a CPU tensor, got {device}")
         return name
+    refusal = _refusal(name, device)
+    if refusal:
+        raise RuntimeError(f"{op}: {name} {refusal}")
+    return name
+
+
+def _refusal(name: str, device: str) -> str:
+    """Why the GPU back end `name` cannot take a tensor on `device`; empty where it can."""
     # Without a GPU: Triton's interpreter, and the tests' emulator of CUDA.
     if device == "cpu" and (_cuda.emulated() if name == "cuda" else _interpreting()):
-        return name
+        return ""
     state = availability()[name]
     if not state.built or (device == "cuda" and not state.available):
-        raise RuntimeError(f"{op}: {name} is not available: {state.reason}")
+        return f"is not available: {state.reason}"
     if device != "cuda":
         here = [b for b in ("reference", "cpp") if availability()[b].available]
-        raise RuntimeError(f"{op}: {name} needs a CUDA tensor, got {device}; here: auto, {', '.join(here)}")
-    return name
+        return f"needs a CUDA tensor, got {device}; here: auto, {', '.join(here)}"
+    return ""
+
+
+# A compiler cannot look into the extension, and need not: the answer never changes. This is all that
+# torch.compiler.assume_constant_result does, besides importing the compiler.
+_refusal._dynamo_marked_constant = True
 
 
 def _interpreting() -> bool:
