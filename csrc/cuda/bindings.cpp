@@ -2,6 +2,11 @@
 // struct as a tuple, and the stream.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -13,12 +18,12 @@ namespace {
 template <class Fields, size_t... I>
 Fields from(const py::tuple& values, std::index_sequence<I...>);
 
-// Stands for one value while a struct is filled: becomes what the field is.
+// Stands for one value while a struct is filled, and becomes what the field is.
 struct Value {
   py::handle value;
 
   template <class T>
-  operator T() const;  // NOLINT: implicit, so that it fits every field
+  operator T() const;
 };
 
 // Number of fields of a struct: the most values that fit its braces.
@@ -52,8 +57,9 @@ Fields from(const py::tuple& values, std::index_sequence<I...>) {
 
 template <class T>
 Value::operator T() const {
+  // An address; 0 is null.
   if constexpr (std::is_pointer_v<T>)
-    return reinterpret_cast<T>(value.cast<uintptr_t>());  // an address; 0 is null
+    return reinterpret_cast<T>(value.cast<uintptr_t>());
   else if constexpr (std::is_class_v<T>)
     return from<T>(value.cast<py::tuple>());
   else
