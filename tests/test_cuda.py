@@ -32,9 +32,10 @@ def faults(request):
 
 
 def test_the_emulator_runs_a_kernel_without_a_fault(faults):
-    out = torch.zeros(256)
-    assert faults(0, out) is None
-    assert (out == 255 * 128).all()
+    for _ in range(10):
+        out = torch.zeros(256)
+        assert faults(0, out) is None
+        assert (out == 255 * 128).all()
 
 
 @pytest.mark.parametrize("number", [1, 2])

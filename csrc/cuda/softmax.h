@@ -91,7 +91,8 @@ __device__ inline float cross_entropy(float* z, int64_t c, float scale, const fl
   return own ? row_loss(s.top, s.total, z_target, weight) : 0.0f;
 }
 
-// Loss and gradient of row i. One without a part in the loss leaves zeros, whatever it held.
+// Loss and gradient of row i. One without a part in the loss leaves zeros, whatever it held, where the
+// gradient of the linear bank would meet it.
 template <int kTeam>
 __device__ inline void loss_row(const LossRows& a, int64_t i, int64_t target, float weight,
                                 const float* shift) {
@@ -100,7 +101,7 @@ __device__ inline void loss_row(const LossRows& a, int64_t i, int64_t target, fl
   const bool used = takes_part(target, weight, a.c);
   if (lane<kTeam>() == 0) a.used[i] = used;
   if (!used) {
-    for (int64_t k = lane<kTeam>(); k < width; k += kTeam) z[k] = 0.0f;
+    for (int64_t k = lane<kTeam>(); k < a.c; k += kTeam) z[k] = 0.0f;
     for (int64_t k = lane<kTeam>(); k < a.d; k += kTeam) a.x[i * a.d + k] = 0.0f;
     if (lane<kTeam>() == 0) a.loss[i] = 0.0f;
     return;

@@ -86,16 +86,23 @@ __attribute__((noinline)) inline void resume(unsigned thread) {
   setcontext(&fibre.entry);
 }
 
+// The numbers first <= i < last in an order of their own.
+inline std::vector<unsigned> shuffled(unsigned first, unsigned last) {
+  std::vector<unsigned> turns(last - first);
+  std::iota(turns.begin(), turns.end(), first);
+  std::shuffle(turns.begin(), turns.end(), order);
+  return turns;
+}
+
 inline bool all_wait(unsigned first, unsigned last, Waits what) {
   return std::all_of(&block.fibres[first], &block.fibres[last],
                      [what](const Fibre& fibre) { return fibre.waits == what; });
 }
 
-// Runs the threads of one block; whether they all came to their end.
+// Runs the threads of one block; whether they all came to their end. Between two barriers one warp runs as
+// far as it can before the next one starts, so that a barrier too few shows.
 inline bool run_block(unsigned threads) {
   memset(&__start_shared_memory, 0xFF, &__stop_shared_memory - &__start_shared_memory);
-  std::vector<unsigned> turns(threads);
-  std::iota(turns.begin(), turns.end(), 0u);
   for (unsigned i = 0; i < threads; ++i) {
     Fibre& fibre = block.fibres[i];
     fibre.started = false;
@@ -104,22 +111,15 @@ inline bool run_block(unsigned threads) {
     fibre.entry.uc_stack = {block.stacks.get() + i * kStack, 0, kStack};
     makecontext(&fibre.entry, enter, 0);
   }
-  std::vector<unsigned> ready = turns;
-  while (!ready.empty()) {
-    std::shuffle(ready.begin(), ready.end(), order);
-    for (unsigned thread : ready) resume(thread);
-    ready.clear();
+  do {
+    for (unsigned warp : shuffled(0, threads / kWarpThreads)) {
+      const unsigned first = warp * kWarpThreads, last = first + kWarpThreads;
+      do {
+        for (unsigned thread : shuffled(first, last)) resume(thread);
+      } while (all_wait(first, last, Waits::kAtShuffle));
+    }
     if (all_wait(0, threads, Waits::kForNothing)) return true;
-    if (all_wait(0, threads, Waits::kAtBarrier)) {
-      ready = turns;
-      continue;
-    }
-    for (unsigned warp = 0; warp < threads; warp += kWarpThreads) {
-      const unsigned last = std::min(warp + kWarpThreads, threads);
-      if (all_wait(warp, last, Waits::kAtShuffle))
-        ready.insert(ready.end(), &turns[warp], &turns[warp] + (last - warp));
-    }
-  }
+  } while (all_wait(0, threads, Waits::kAtBarrier));
   failure = "not every thread of the block reaches a barrier, or of a warp a shuffle";
   return false;
 }
@@ -160,10 +160,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(A), dim3 blocks, dim3 threads, void*
   emulator::block.arguments = &call;
   gridDim = blocks;
   blockDim = threads;
-  std::vector<unsigned> turns(blocks.x);
-  std::iota(turns.begin(), turns.end(), 0u);
-  std::shuffle(turns.begin(), turns.end(), emulator::order);
-  for (unsigned turn : turns) {
+  for (unsigned turn : emulator::shuffled(0, blocks.x)) {
     blockIdx.x = turn;
     if (!emulator::run_block(threads.x)) return cudaErrorLaunchFailure;
   }

@@ -1,4 +1,4 @@
-// Kernels with one fault each, which the emulator has to notice.
+// Kernels with one fault each, which the emulator has to notice, and one without.
 #include "cuda/team.h"
 
 namespace ulfine::cuda {
@@ -9,7 +9,12 @@ struct Fault {
   float* out;  // [256]
 };
 
-__global__ void no_fault(Fault a) { a.out[threadIdx.x] = sum<kBlock>(static_cast<float>(threadIdx.x)); }
+// Two sums over the block, the second in the shared memory of the first.
+__global__ void no_fault(Fault a) {
+  const float once = sum<kBlock>(static_cast<float>(threadIdx.x));
+  const float thrice = sum<kBlock>(3.0f * static_cast<float>(threadIdx.x));
+  a.out[threadIdx.x] = thrice - 2.0f * once;
+}
 
 __global__ void barrier_for_some(Fault a) {
   if (threadIdx.x < 100) return;
