@@ -295,6 +295,36 @@ def test_a_step_has_the_same_bits_in_every_run(kernel, mode, classes):
         )
 
 
+# What an accuracy test cannot see
+
+
+@pytest.mark.parametrize("kernel", ["cuda"])
+@pytest.mark.parametrize(("c", "d"), [(5, 9), (9, 5), (200, 300), (300, 200)])
+def test_a_row_of_the_gram_matrix_leaves_itself_out(kernel, c, d):
+    # Rows of any norm: that of unit rows hides which power of it is taken off.
+    rows = torch.randn(c, d, generator=seeded(c, d))
+    gram, squares = _cuda._gram(rows)
+    products = rows.double() @ rows.double().T
+    expected = products.square().sum() - products.diagonal().square().sum()
+    torch.testing.assert_close(squares.sum(), expected, rtol=1e-5, atol=0)
+    assert c > d or not gram.diagonal().any()
+
+
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_the_largest_share_may_be_anywhere(kernel):
+    features, linear, prototypes = inputs(40, 600, 9)
+    seen = torch.zeros(600, dtype=torch.bool)
+    for largest in (0, 3, 255, 256, 599):
+        share = torch.rand(600, generator=seeded(largest))
+        share[largest] = 3.0
+        state = prototypes, linear, seen, share
+        got, expected = (
+            proto_fit(features, torch.arange(40), torch.ones(600), *state, mu=1.0, backend=name)
+            for name in (kernel, "reference")
+        )
+        torch.testing.assert_close(got.textual, expected.textual, rtol=1e-5, atol=1e-6)
+
+
 # On a device
 
 
