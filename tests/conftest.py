@@ -1,7 +1,8 @@
-"""What every test stands on: one thread, a fixed seed, both CPU back ends, and poisoned memory."""
+"""What every test stands on: one thread, a fixed seed, every back end that runs here, and poisoned memory."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from hypothesis import settings
 
 from ulfine_fast import _native
+from ulfine_fast.backend import COMPOSED, IMPLEMENTED, OPS
 
 torch.set_num_threads(1)
 
@@ -30,10 +32,51 @@ settings.load_profile("ulfine")
 FENCE = 256
 
 
-@pytest.fixture(scope="module", params=["reference", "cpp"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Both back ends of the CPU. Without the extension the tests of cpp fail: it is not optional here."""
-    return request.param
+# Back ends whose kernels run on this machine. Without the extension the tests of cpp fail: it is not optional.
+KERNELS = ("cpp",)
+# An emulated kernel takes a hundred times as long, so it gets no shape with more products than this, and so
+# many examples of a property.
+EMULATED = ("triton", "cuda")
+LARGEST_PRODUCT, EXAMPLES = 300_000, 3
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes `kernel` on every kernel of its op; `backend` is those and the reference.
+
+    The op is what the test file is named after.
+    """
+    op = metafunc.module.__name__.rpartition("test_")[2]
+    if op not in (*OPS, *COMPOSED):
+        return
+    kernels = [k for k in KERNELS if k in COMPOSED.get(op, ()) or op in IMPLEMENTED[k]]
+    for name, choice in (("kernel", kernels), ("backend", ["reference", *kernels])):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, choice)
+
+
+def _emulated(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return bool({parameters.get("kernel"), parameters.get("backend")} & set(EMULATED))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the shapes that take an emulated kernel too long."""
+
+    def large(item: pytest.Item) -> bool:
+        sizes = [item.callspec.params.get(name, 1) for name in "bcd"]
+        return math.prod(sizes) > LARGEST_PRODUCT
+
+    left_out = [item for item in items if _emulated(item) and large(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture(autouse=True)
+def _few_examples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # hypothesis keeps one setting per function, whatever it is parametrised with.
+    if _emulated(request.node) and hasattr(request.function, "hypothesis"):
+        few = settings(settings.default, max_examples=EXAMPLES)
+        monkeypatch.setattr(request.function, "_hypothesis_internal_use_settings", few)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ulfine_fast import _native, availability, backend, proto_logits, use_backend
-from ulfine_fast.backend import BACKENDS, IMPLEMENTED, OPS, choose
+from ulfine_fast.backend import BACKENDS, COMPOSED, IMPLEMENTED, OPS, choose
 
 CPU = torch.ones(2, 3)
 
@@ -125,8 +125,11 @@ def test_a_gpu_backend_never_falls_back_to_the_cpu(name, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-@pytest.mark.parametrize("op", [op for op in OPS if op != "proto_logits"])
-def test_a_backend_without_the_kernel_says_who_has_it(op, name) -> None:
+@pytest.mark.parametrize("op", [*OPS, "head_loss"])
+def test_a_backend_without_the_kernel_says_who_has_it(op, name, monkeypatch) -> None:
+    for gpu in ("triton", "cuda"):
+        monkeypatch.setitem(IMPLEMENTED, gpu, ())
+    monkeypatch.setitem(COMPOSED, "head_loss", ("reference", "cpp"))
     with pytest.raises(
         RuntimeError, match=f"{op}: {name} has no kernel for it; implemented by: reference, cpp$"
     ):
