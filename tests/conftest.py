@@ -14,8 +14,9 @@ if not Path("/dev/nvidiactl").exists():
 # A graph that was compiled before an op changed would pass, or fail, for the op as it was then.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -33,7 +34,7 @@ FENCE = 256
 
 
 # Back ends whose kernels run on this machine. Without the extension the tests of cpp fail: it is not optional.
-KERNELS = ("cpp",)
+KERNELS = ("cpp", "triton")
 # An emulated kernel takes a hundred times as long, so it gets no shape with more products than this, and so
 # many examples of a property.
 EMULATED = ("triton", "cuda")
@@ -72,11 +73,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _few_examples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not _emulated(request.node):
+        yield
+        return
     # hypothesis keeps one setting per function, whatever it is parametrised with.
-    if _emulated(request.node) and hasattr(request.function, "hypothesis"):
+    if hasattr(request.function, "hypothesis"):
         few = settings(settings.default, max_examples=EXAMPLES)
         monkeypatch.setattr(request.function, "_hypothesis_internal_use_settings", few)
+    # The interpreter computes in numpy, which warns of what a GPU does in silence.
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture(autouse=True)

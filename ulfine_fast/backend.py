@@ -20,9 +20,9 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 # Ops that each explicit back end has; `reference` has them all. `auto` never picks an unmeasured one.
 OPS = ("proto_logits", "pseudo_label", "dual_cross_entropy", "proto_fit", "orthogonality")
-IMPLEMENTED = {"reference": OPS, "cpp": OPS, "triton": ("proto_logits",), "cuda": ("proto_logits",)}
+IMPLEMENTED = {"reference": OPS, "cpp": OPS, "triton": OPS, "cuda": ("proto_logits",)}
 # What is composed of ops runs where all of them do.
-COMPOSED = {"head_loss": ("reference", "cpp")}
+COMPOSED = {"head_loss": ("reference", "cpp", "triton")}
 
 _selected = "auto"
 
@@ -100,13 +100,26 @@ def choose(op: str, features: Tensor, dtype: torch.dtype, requested: str | None 
         if device != "cpu":
             raise RuntimeError(f"{op}: cpp needs a CPU tensor, got {device}")
         return name
+    refusal = _refusal(name, device)
+    if refusal:
+        raise RuntimeError(f"{op}: {name} {refusal}")
+    return name
+
+
+def _refusal(name: str, device: str) -> str:
+    """Why the GPU back end `name` cannot take a tensor on `device`; empty where it can."""
     state = availability()[name]
     if not state.built or (device == "cuda" and not state.available):
-        raise RuntimeError(f"{op}: {name} is not available: {state.reason}")
+        return f"is not available: {state.reason}"
     if device != "cuda" and not (name == "triton" and _interpreting()):
         here = [b for b in ("reference", "cpp") if availability()[b].available]
-        raise RuntimeError(f"{op}: {name} needs a CUDA tensor, got {device}; here: auto, {', '.join(here)}")
-    return name
+        return f"needs a CUDA tensor, got {device}; here: auto, {', '.join(here)}"
+    return ""
+
+
+# A compiler cannot look into the extension, and need not: the answer never changes. This is all that
+# torch.compiler.assume_constant_result does, besides importing the compiler.
+_refusal._dynamo_marked_constant = True
 
 
 def _interpreting() -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._rows import ZERO_NORM_SQUARED, unit_rows, without_autocast, working_dtype
+from ulfine_fast.ops._rows import unit_rows, without_autocast, working_dtype
 
 
 @without_autocast
@@ -56,7 +56,7 @@ def _(features, prototypes, scale, backend):
     if backend == "triton":
         from ulfine_fast.kernels.proto_logits import proto_logits_triton
 
-        return proto_logits_triton(features, prototypes, scale, ZERO_NORM_SQUARED)
+        return proto_logits_triton(features, prototypes, scale)
     return (_cuda if backend == "cuda" else _native).proto_logits(features, prototypes, scale)
 
 
@@ -66,7 +66,11 @@ def _(grad, features, prototypes, scale, need_features, need_prototypes, backend
         return _native.proto_logits_backward(
             grad, features, prototypes, scale, need_features, need_prototypes
         )
-    # The GPU back ends have a forward kernel only: the gradient is the reference's.
+    if backend == "triton":
+        from ulfine_fast.kernels.proto_logits import proto_logits_backward_triton
+
+        return proto_logits_backward_triton(grad, features, prototypes, scale, need_features, need_prototypes)
+    # CUDA C++ has a forward kernel only: the gradient is the reference's.
     with torch.enable_grad():
         leaves = [
             features.detach().requires_grad_(need_features),
