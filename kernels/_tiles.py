@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 
-# (rows, classes, dimensions, warps) of one tile of logits: the largest of which nothing spills. The operands of
-# IEEE products lie in registers, those of TF32 products in shared memory.
-PRODUCT_TILES = {"ieee": (64, 64, 32, 8), "tf32": (64, 128, 32, 4)}
+# (rows, classes, dimensions, warps) of one tile of logits. Operands of IEEE products lie in registers: two
+# programs share a multiprocessor. TF32 runs on tensor cores: the largest tile of which no register spills.
+PRODUCT_TILES = {"ieee": (64, 64, 16, 8), "tf32": (64, 128, 32, 4)}
 # Numbers that one program of a row pass holds: a few registers for each thread of four warps.
 ROW_PASS = 2048
 

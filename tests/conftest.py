@@ -34,7 +34,7 @@ FENCE = 256
 
 
 # Back ends whose kernels run on this machine. Without the extension the tests of cpp fail: it is not optional.
-KERNELS = ("cpp", "triton")
+KERNELS = ("cpp", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("cpp",)
 # An emulated kernel takes a hundred times as long, so it gets no shape with more products than this, and so
 # many examples of a property.
 EMULATED = ("triton", "cuda")
