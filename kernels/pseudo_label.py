@@ -22,8 +22,8 @@ from ulfine_fast.kernels._tiles import product_tile
 
 # Tiles of classes in a range, and from how many classes on. Few rows need many ranges to fill the device.
 TILES_OF_RANGE = ((4096, 8), (0, 2))
-# Rows that a program of the merging kernels holds.
-MERGE_ROWS = 128
+# Rows that a program holds to merge ranges: many programs for the labels, one for the mean over all rows.
+LABEL_ROWS, SCALE_ROWS = 128, 1024
 
 
 @triton.jit
@@ -289,7 +289,7 @@ def labels(
         predict_kernel[grid](
             x, folded, shift, largest, winner, total, rows, classes, dim, inverse_temperature, span, **tile
         )
-        label_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+        label_kernel[(triton.cdiv(rows, LABEL_ROWS),)](
             largest,
             winner,
             total,
@@ -303,7 +303,7 @@ def labels(
             ranges,
             inverse_temperature,
             limit.numel() > 1,
-            MERGE_ROWS,
+            LABEL_ROWS,
         )
     measured = min(scale_rows, rows)
     if measured:
@@ -314,5 +314,5 @@ def labels(
         deviation_kernel[grid](
             x, linear, prototypes, factors, mean, squares, measured, classes, dim, span, **tile
         )
-        branch_scale_kernel[(1,)](mean, squares, branch_scale, measured, classes, ranges, span, MERGE_ROWS)
+        branch_scale_kernel[(1,)](mean, squares, branch_scale, measured, classes, ranges, span, SCALE_ROWS)
     return label, confidence, keep, histogram, kept_histogram, branch_scale

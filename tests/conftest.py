@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from ulfine_fast import _native
 from ulfine_fast.backend import COMPOSED, IMPLEMENTED, OPS
@@ -77,9 +77,9 @@ def _emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if not _emulated(request.node):
         yield
         return
-    # hypothesis keeps one setting per function, whatever it is parametrised with.
+    # hypothesis keeps one setting per function, whatever it is parametrised with. To shrink takes minutes here.
     if hasattr(request.function, "hypothesis"):
-        few = settings(settings.default, max_examples=EXAMPLES)
+        few = settings(settings.default, max_examples=EXAMPLES, phases=(Phase.explicit, Phase.generate))
         monkeypatch.setattr(request.function, "_hypothesis_internal_use_settings", few)
     # The interpreter computes in numpy, which warns of what a GPU does in silence.
     with np.errstate(all="ignore"):
@@ -89,6 +89,14 @@ def _emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Products of float32 may round to TF32 on a GPU; where there is none, only the tiles change."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ That the kernels are right is the matter of `tests/ops`, where Triton's interpre
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -62,3 +63,15 @@ def test_launches_are_few_and_none_waits_for_the_device(found, op, launches, pro
     assert of_op["calls"].count("mm.out") == products
     waiting = {"_local_scalar_dense.default", "nonzero.default", "is_nonzero.default", "equal.default"}
     assert not waiting & set(of_op["calls"])
+
+
+def test_every_masked_load_says_what_it_reads_outside():
+    # The interpreter reads zeros there; a GPU reads whatever its registers held.
+    bare = []
+    for path in (Path(__file__).parents[1] / "kernels").glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for call in calls:
+            given = {keyword.arg for keyword in call.keywords}
+            if ast.unparse(call.func) == "tl.load" and "mask" in given and "other" not in given:
+                bare.append(f"{path.name}:{call.lineno}")
+    assert not bare

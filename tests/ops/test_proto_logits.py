@@ -88,6 +88,10 @@ def test_no_less_accurate_than_eager(kernel, b, c, d, dtype) -> None:
     assert_accurate(kernel, features, prototypes, grad)
 
 
+def test_no_less_accurate_in_the_tiles_of_tf32(kernel, tf32) -> None:
+    assert_accurate(kernel, *inputs(70, 130, 40), torch.randn(70, 130, generator=seeded(1)))
+
+
 @given(
     b=st.integers(0, 40),
     c=st.integers(1, 40),

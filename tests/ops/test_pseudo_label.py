@@ -160,6 +160,14 @@ def test_no_less_accurate_than_eager(kernel, b, c, d, dtype) -> None:
     assert_accurate(kernel, *inputs(b, c, d, dtype))
 
 
+def test_no_less_accurate_in_the_tiles_of_tf32(kernel, tf32) -> None:
+    assert_accurate(kernel, *inputs(70, 300, 40))
+
+
+def test_no_less_accurate_over_thousands_of_classes(kernel) -> None:
+    assert_accurate(kernel, *inputs(5, 4500, 7))
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_no_less_accurate_than_eager_under_options(kernel, options) -> None:
     assert_accurate(kernel, *inputs(300, 37, 19), torch.linspace(0.1, 0.9, 37), **options)
