@@ -42,10 +42,12 @@ def inverse_norm(squared):
 
 @triton.jit
 def through_direction(g, y, inverse):
-    # The gradient for x. A row without direction gets none, whatever came back to it.
     radial = tl.sum(g * y, axis=1)
     dx = (g - radial[:, None] * y) * inverse[:, None]
-    return tl.where(inverse[:, None] == 0.0, 0.0, dx)
+    # A row without direction gets no gradient, whatever came back to it; an infinite one, whose inverse norm is 0
+    # as well and whose y is NaN, gets NaN.
+    empty = (inverse == 0.0) & (tl.sum(y, axis=1) == 0.0)
+    return tl.where(empty[:, None], 0.0, dx)
 
 
 @triton.jit
