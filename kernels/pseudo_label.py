@@ -127,7 +127,7 @@ def label_kernel(
         other_s = tl.load(s_ptr + at, mask=inside, other=0.0)
         m, k, s = merge(m, k, s, other_m, other_k, other_s, inverse_temperature)
     # A logit that is NaN or infinite makes the sum NaN; minus infinity everywhere leaves it 0.
-    finite = inside & (s > 0.0) & (s < float("inf"))
+    finite = inside & (s > 0.0)
     confidence = tl.where(finite, 1.0 / s, 0.0)
     k = tl.where(finite, k, 0)
     limit = tl.load(threshold_ptr + (k if PER_CLASS else k * 0), mask=inside, other=0.0).to(tl.float32)
