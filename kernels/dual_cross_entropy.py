@@ -32,11 +32,11 @@ from ulfine_fast.kernels._tiles import ROW_PASS, row_tile
 
 @triton.jit
 def load_used(y_ptr, w_ptr, b, B, C):
-    # Target and weight of the rows that take part; both 0 for the others, whose weight may be NaN.
+    # Which rows take part, and with which class and weight; the weight of the others may be NaN.
     y = tl.load(y_ptr + b, mask=b < B, other=-1)
     w = tl.load(w_ptr + b, mask=b < B, other=0.0).to(tl.float32)
     used = (y >= 0) & (y < C) & (w != 0.0)
-    return used, tl.where(used, y, 0), tl.where(used, w, 0.0)
+    return used, tl.where(used, y, 0), w
 
 
 @triton.jit

@@ -86,7 +86,8 @@ def fit_kernel(
         t_unit = t * inverse_norm(tl.sum(t * t, axis=0))
         blend = (1.0 - alpha) * t_unit + alpha * (v * inverse_norm(v_squared))
         norm = tl.sqrt(tl.sum(blend * blend, axis=0))
-        if (v_squared > ZERO_NORM_SQUARED) & (norm >= SMALLEST_BLEND) & (norm < float("inf")):
+        # Whatever is not finite has made the norm NaN, which compares false.
+        if (v_squared > ZERO_NORM_SQUARED) & (norm >= SMALLEST_BLEND):
             tl.store(t_ptr + k * D + d, blend / norm, mask=inside)
 
 

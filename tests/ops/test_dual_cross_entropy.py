@@ -143,6 +143,11 @@ def test_no_less_accurate_than_eager_under_options(kernel, dtype, mode, options)
     assert_accurate(kernel, inputs(300, 37, 19, dtype) | grouped(300, 37), loss_on=mode, **options)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_no_less_accurate_over_thousands_of_classes(kernel, mode) -> None:
+    assert_accurate(kernel, inputs(3, 2500, 2), loss_on=mode)
+
+
 @given(
     b=st.integers(0, 300),
     c=st.integers(1, 70),
