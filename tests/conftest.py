@@ -14,16 +14,17 @@ if not Path("/dev/nvidiactl").exists():
 # A graph that was compiled before an op changed would pass, or fail, for the op as it was then.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import emulator
+import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from ulfine_fast import _cuda, _native
-from ulfine_fast.backend import COMPOSED, IMPLEMENTED, OPS
+from ulfine_fast.backend import COMPOSED, OPS
 
 torch.set_num_threads(1)
 
@@ -35,8 +36,8 @@ FENCE = 256
 
 
 # Back ends whose kernels run on this machine. Without the extension the tests of cpp fail: it is not optional.
-KERNELS = ("cpp", "cuda")
-# An emulated kernel takes a hundred times as long, so it gets no shape with more products than this, and so
+KERNELS = ("cpp", "triton", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cpp", "cuda")
+# Triton's interpreter takes a hundred times as long, so it gets no shape with more products than this, and so
 # many examples of a property.
 EMULATED = ("triton",)
 LARGEST_PRODUCT, EXAMPLES = 300_000, 3
@@ -50,8 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     op = metafunc.module.__name__.rpartition("test_")[2]
     if op not in (*OPS, *COMPOSED):
         return
-    kernels = [k for k in KERNELS if k in COMPOSED.get(op, ()) or op in IMPLEMENTED[k]]
-    for name, choice in (("kernel", kernels), ("backend", ["reference", *kernels])):
+    for name, choice in (("kernel", KERNELS), ("backend", ("reference", *KERNELS))):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, choice)
 
@@ -78,11 +78,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _few_examples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    # hypothesis keeps one setting per function, whatever it is parametrised with.
-    if _emulated(request.node) and hasattr(request.function, "hypothesis"):
-        few = settings(settings.default, max_examples=EXAMPLES)
+def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not _emulated(request.node):
+        yield
+        return
+    # hypothesis keeps one setting per function, whatever it is parametrised with. To shrink takes minutes here.
+    if hasattr(request.function, "hypothesis"):
+        few = settings(settings.default, max_examples=EXAMPLES, phases=(Phase.explicit, Phase.generate))
         monkeypatch.setattr(request.function, "_hypothesis_internal_use_settings", few)
+    # The interpreter computes in numpy, which warns of what a GPU does in silence.
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +108,14 @@ def _emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Products of float32 may round to TF32 on a GPU; where there is none, only the tiles change."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

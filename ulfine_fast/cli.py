@@ -378,7 +378,7 @@ def info(
     """Print versions, threads, the back ends that can run here, and the cache."""
     import torch
 
-    from ulfine_fast.backend import IMPLEMENTED, availability
+    from ulfine_fast.backend import availability
     from ulfine_fast.cache import default_cache_dir
     from ulfine_fast.experiment import versions
 
@@ -390,10 +390,7 @@ def info(
         "versions": known,
         "threads": torch.get_num_threads(),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "backends": {
-            name: {**state._asdict(), "ops": list(IMPLEMENTED[name])}
-            for name, state in availability().items()
-        },
+        "backends": {name: state._asdict() for name, state in availability().items()},
         "cache": {"folder": str(folder), "bytes": size},
     }
     if as_json:

@@ -197,7 +197,7 @@ def head_loss(
         unlabelled_weight, orthogonality_weight: weights of the terms, at least 0.
         threshold, align, eta, linear_scale, proto_scale, temperature, normalize_linear, scale_rows: see
             `pseudo_label`. loss_on: see `dual_cross_entropy`.
-        backend: None (the selected one), "auto", "reference", "cpp" or "cuda".
+        backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         Scalar loss in nats, float32 (float64 if features or a bank is), and the PseudoLabels of `weak`.

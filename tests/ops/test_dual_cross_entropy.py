@@ -143,6 +143,11 @@ def test_no_less_accurate_than_eager_under_options(kernel, dtype, mode, options)
     assert_accurate(kernel, inputs(300, 37, 19, dtype) | grouped(300, 37), loss_on=mode, **options)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_no_less_accurate_over_thousands_of_classes(kernel, mode) -> None:
+    assert_accurate(kernel, inputs(3, 2500, 2), loss_on=mode)
+
+
 @given(
     b=st.integers(0, 300),
     c=st.integers(1, 70),
@@ -322,6 +327,20 @@ def test_a_shift_of_minus_infinity_removes_a_class(backend) -> None:
     torch.testing.assert_close(removed[0], expected[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(removed[1], expected[1], rtol=1e-4, atol=1e-6)
     assert not removed[2][9].any()
+
+
+def test_a_shift_of_minus_infinity_removes_thousands_of_classes(backend) -> None:
+    # More classes than a kernel takes at a time.
+    arguments = unweighted(3, 2100, 2)
+    arguments["targets"] = torch.tensor([2090, 2095, 2099])
+    shift = torch.zeros(2100)
+    shift[:2090] = -math.inf
+    removed = run(arguments, adjustment=shift, backend=backend)
+    ten = {name: t[2090:] if name in ("linear", "prototypes") else t for name, t in arguments.items()}
+    expected = run(ten | {"targets": arguments["targets"] - 2090}, backend=backend)
+    torch.testing.assert_close(removed[0], expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(removed[1], expected[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(removed[2][2090:], expected[2], rtol=1e-4, atol=1e-6)
 
 
 # Rows that take no part

@@ -151,6 +151,14 @@ def test_near_orthogonal_prototypes_keep_their_digits(backend) -> None:
     assert orthogonality(prototypes, backend=backend).item() == pytest.approx(1e-8, rel=1e-2)
 
 
+def test_value_is_never_negative(backend) -> None:
+    # A zero row makes the D x D side the smaller one, where the value is a difference that rounds to either sign.
+    for seed in range(8):
+        frame = torch.linalg.qr(torch.randn(16, 16, generator=seeded(seed)))[0]
+        value = orthogonality(torch.cat([frame, torch.zeros(1, 16)]), backend=backend).item()
+        assert 0.0 <= value < 1e-6
+
+
 def test_norms_do_not_matter(backend) -> None:
     prototypes = inputs(10, 17)
     value = orthogonality(prototypes, backend=backend)

@@ -160,6 +160,14 @@ def test_no_less_accurate_than_eager(kernel, b, c, d, dtype) -> None:
     assert_accurate(kernel, *inputs(b, c, d, dtype))
 
 
+def test_no_less_accurate_in_the_tiles_of_tf32(kernel, tf32) -> None:
+    assert_accurate(kernel, *inputs(70, 300, 40), temperature=2.0)
+
+
+def test_no_less_accurate_over_thousands_of_classes(kernel) -> None:
+    assert_accurate(kernel, *inputs(5, 4500, 7), temperature=0.7)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_no_less_accurate_than_eager_under_options(kernel, options) -> None:
     assert_accurate(kernel, *inputs(300, 37, 19), torch.linspace(0.1, 0.9, 37), **options)
@@ -448,6 +456,17 @@ def test_adjustment_is_added_to_the_fused_logits(backend, temperature) -> None:
     plain = pseudo_label(features, linear, prototypes, 0.5, backend=backend, **options)
     assert not torch.equal(got.label, plain.label)
     torch.testing.assert_close(got.branch_scale, plain.branch_scale)
+
+
+def test_a_shift_of_minus_infinity_removes_a_class(backend) -> None:
+    # More classes than a kernel takes at a time.
+    features, linear, prototypes = inputs(5, 300, 17)
+    adjustment = torch.zeros(300)
+    adjustment[:290] = -math.inf
+    got = pseudo_label(features, linear, prototypes, adjustment=adjustment, backend=backend)
+    rest = pseudo_label(features, linear[290:], prototypes[290:], backend=backend)
+    assert torch.equal(got.label, rest.label + 290)
+    torch.testing.assert_close(got.confidence, rest.confidence)
 
 
 def test_adjustment_errors() -> None:

@@ -155,8 +155,8 @@ def dual_cross_entropy(
     """Weighted sum of the cross-entropies of B rows, differentiable in `features` and `linear`.
 
     Rows of weight 0 and rows with a negative target take no part, so pass strong views with
-    `weights = keep / B_u`. The cpp back end does not compute them, holds logits of a chunk of rows at a time,
-    and computes the gradients along with the loss: a second derivative is not available there.
+    `weights = keep / B_u`. The kernels compute the gradients along with the loss: a second derivative is not
+    available there. The cpp back end holds logits of a chunk of rows at a time, and none of rows without part.
 
     Args:
         features: [B, D] float, any norm up to 1e18, B may be 0 (the loss is then 0).
@@ -172,7 +172,7 @@ def dual_cross_entropy(
         linear_scale, proto_scale: inverse temperatures of the branches, above 0.
         loss_on: "branches" for one cross-entropy per branch, "fused" for one on the fused logits.
         normalize_linear: True for a cosine probe; False uses the rows of `linear` as they are.
-        backend: None (the selected one), "auto", "reference", "cpp" or "cuda".
+        backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         Scalar loss in nats, float32 (float64 if features or a bank is). NaN if a row that counts is not finite.

@@ -76,7 +76,7 @@ def orthogonality(prototypes: Tensor, *, backend: str | None = None) -> Tensor:
 
     Args:
         prototypes: [C, D] float, C >= 1; rows need not have unit norm. A zero row has cosine 0 with all.
-        backend: None (the selected one), "auto", "reference", "cpp" or "cuda".
+        backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         Scalar in [0, 1], float32 (float64 for float64 input). Work and memory are those of a C x C or of a

@@ -137,7 +137,7 @@ def proto_fit(
         mu: largest step towards the visual prototype, in [0, 1].
         beta: share of the old visual prototype in the running mean, in [0, 1].
         gamma: share of the old distribution in the running one, in [0, 1].
-        backend: None (the selected one), "auto", "reference", "cpp" or "cuda".
+        backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         FittedPrototypes. Classes that no target names keep their textual and visual prototypes bit by bit;

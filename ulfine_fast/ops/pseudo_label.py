@@ -162,7 +162,7 @@ def pseudo_label(
 ) -> PseudoLabels:
     """Label, confidence and keep mask of weak views, with the counts and scales that estimators need.
 
-    Never differentiates. The cpp back end holds logits of a chunk of rows at a time.
+    Never differentiates. The cpp back end holds logits of a chunk of rows at a time, the triton back end none.
 
     Args:
         features: [B, D] float; weak views, any norm up to 1e18, B may be 0.
@@ -178,7 +178,7 @@ def pseudo_label(
         normalize_linear: True for a cosine probe; False uses the rows of `linear` as they are.
         scale_rows: rows that `branch_scale` is measured on, from the first; None is all, 0 gives zeros. A
             few dozen of a shuffled batch give the same running mean for a fraction of the work.
-        backend: None (the selected one), "auto", "reference", "cpp" or "cuda".
+        backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         PseudoLabels. A row whose confidence is not finite (a NaN, or an infinite feature) gets label -1,
