@@ -390,9 +390,11 @@ def test_a_row_that_is_not_finite_is_left_out_of_everything(backend, bad, row) -
     torch.testing.assert_close(got.branch_scale, others.branch_scale, rtol=1e-6, atol=0)
 
 
-def test_a_class_that_is_not_finite_leaves_no_label(backend) -> None:
-    features, linear, prototypes = inputs(5, 10, 17)
-    prototypes[4, 1] = math.nan
+@pytest.mark.parametrize("bank", [0, 1])
+def test_a_class_that_is_not_finite_leaves_no_label(backend, bank) -> None:
+    features, *banks = inputs(5, 10, 17)
+    banks[bank][4, 1] = math.nan
+    linear, prototypes = banks
     got = pseudo_label(features, linear, prototypes, 0.0, backend=backend)
     assert got.label.tolist() == [-1] * 5 and not got.keep.any() and not got.histogram.any()
     assert got.branch_scale.tolist() == [0.0, 0.0]
