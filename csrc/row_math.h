@@ -76,6 +76,9 @@ ULFINE_FORMULA float row_loss(float top, float total, float z_target, float weig
   return weight * (logf(total) + (top - z_target));
 }
 
+// The larger one; NaN as soon as one is.
+ULFINE_FORMULA float larger(float a, float b) { return b > a || b != b ? b : a; }
+
 ULFINE_FORMULA float running_share(float share, float mass, float total, float gamma) {
   return gamma * share + (1.0f - gamma) * (mass / total);
 }

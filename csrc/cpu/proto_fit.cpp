@@ -38,7 +38,7 @@ void proto_fit(const ProtoFit& a) {
     if (total > 0.0)
       a.distribution[k] =
           running_share(a.distribution[k], a.histogram[k], static_cast<float>(total), a.gamma);
-    largest = a.distribution[k] <= largest ? largest : a.distribution[k];
+    largest = larger(largest, a.distribution[k]);
   }
 
   int64_t present = 0;

@@ -50,8 +50,13 @@ static inline float unit_row(const float* from, int64_t n, float* to) {
   return inverse;
 }
 
-// Gradient through y = x / |x|, without the padding.
+// Gradient through y = x / |x|, without the padding. A row without direction gets none, whatever came back to
+// it; an infinite one, whose inverse norm is 0 as well and whose y is NaN, gets NaN.
 static inline void unit_row_backward(const float* d, const float* y, float inverse, int64_t n, float* to) {
+  if (inverse == 0.0f && dot(y, y, padded(n)) == 0.0f) {
+    memset(to, 0, n * sizeof(float));
+    return;
+  }
   const float radial = dot(d, y, padded(n));
   for (int64_t i = 0; i < n; ++i) to[i] = unit_backward(d[i], radial, y[i], inverse);
 }

@@ -20,9 +20,9 @@ __global__ void __launch_bounds__(kBlock) distribution_kernel(ProtoFit a) {
     float share = a.distribution[k];
     if (total > 0.0)
       a.distribution[k] = share = running_share(share, mass(k), static_cast<float>(total), a.gamma);
-    largest = fmaxf(largest, share);
+    largest = larger(largest, share);
   }
-  largest = reduce<kBlock>(largest, [](float x, float y) { return fmaxf(x, y); });
+  largest = reduce<kBlock>(largest, [](float x, float y) { return larger(x, y); });
   if (threadIdx.x == 0) *a.largest = largest;
 }
 

@@ -59,7 +59,11 @@ __device__ int64_t backward_row(const UnitGradient& a, int64_t row, int64_t d) {
   float* g = a.gradient + row * d;
   const float* x = a.rows + row * d;
   const float inverse = a.normalized ? a.inverse[row] : 1.0f;
-  const bool used = a.used == nullptr || a.used[row];
+  // A row without direction gets no gradient, whatever came back to it; an infinite one, whose inverse norm
+  // is 0 as well, gets NaN.
+  const bool empty =
+      inverse == 0.0f && sum_over<kWarp, float>(d, [=](int64_t i) { return x[i] * inverse; }) == 0.0f;
+  const bool used = !empty && (a.used == nullptr || a.used[row]);
   const float radial = used && a.normalized
                            ? sum_over<kWarp, float>(d, [=](int64_t i) { return g[i] * (x[i] * inverse); })
                            : 0.0f;
