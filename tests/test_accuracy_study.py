@@ -11,6 +11,7 @@ from synthetic import small_data
 
 from ulfine_fast.config import METHODS, Schedule
 from ulfine_fast.trainer import build_head, train
+from ulfine_fast.validation import choose_eta, settle_eta
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "accuracy"
 
@@ -30,8 +31,9 @@ def engine(monkeypatch):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_preset_gives_the_same_logits_as_in_the_trainer(engine, name):
-    data, method = small_data(), METHODS[name]
+    data = small_data()
     schedule = Schedule(steps=30, labelled_batch=16, unlabelled_batch=24, log_every=30, seed=3)
+    method = settle_eta(data, METHODS[name], schedule)
     head = build_head(data.prototypes, method, schedule.seed)
     train(head, data, method, schedule, progress=False)
     got = engine.train(data, engine.recipe(name), schedule).logits
@@ -40,8 +42,24 @@ def test_a_preset_gives_the_same_logits_as_in_the_trainer(engine, name):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+def test_both_choose_eta_by_the_same_losses(engine):
+    data, schedule = small_data(), Schedule(labelled_batch=16, seed=3)
+    expected = choose_eta(data, METHODS["ulfine_plus"], schedule)
+    assert engine.held_out_losses(data, engine.recipe("ulfine_plus"), schedule) == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
 def test_a_recipe_without_changes_is_the_preset(engine):
     for name, method in METHODS.items():
         recipe = engine.recipe(name)
-        for field in ("eta", "threshold", "fitting", "mu", "prior_shift", "orthogonality_weight"):
+        for field in (
+            "eta",
+            "threshold",
+            "eta_folds",
+            "fitting",
+            "mu",
+            "prior_shift",
+            "orthogonality_weight",
+        ):
             assert getattr(recipe, field) == getattr(method, field)

@@ -45,11 +45,16 @@ def test_only_methods_with_unlabelled_data_use_it():
     ("change", "message"),
     [
         ({"linear_init": "zeros"}, "linear_init must be text or random, got 'zeros'"),
-        ({"adjust_unlabelled": "yes"}, "adjust_unlabelled must be one of none, labelled, kept, got 'yes'"),
+        (
+            {"adjust_unlabelled": "yes"},
+            "adjust_unlabelled must be one of none, labelled, kept, both, got 'yes'",
+        ),
         ({"orthogonality_weight": -1.0}, "orthogonality_weight must be at least 0, got -1"),
         ({"unlabelled_weight": -0.5}, "unlabelled_weight must be at least 0, got -0.5"),
         ({"scale_rows": -1}, "scale_rows must be at least 0, got -1"),
         ({"loss_on": "both"}, "loss_on must be branches or fused, got 'both'"),
+        ({"eta_folds": 1}, "eta_folds must be 0 or at least 2, got 1"),
+        ({"eta_folds": -1}, "eta_folds must be at least 0, got -1"),
         ({"eta": 1.5}, r"eta must be in \[0, 1\], got 1.5"),
         ({"mu": math.nan}, r"mu must be in \[0, 1\], got nan"),
         ({"gamma": 2.0}, r"gamma must be in \[0, 1\], got 2.0"),

@@ -41,11 +41,14 @@ from ulfine_fast.trainer import (
 
 SCHEDULE = Schedule(steps=40, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=10)
 ULFINE = METHODS["ulfine"]
-RESUMED = [(name, optimizer) for name in ("ulfine", "fixmatch") for optimizer in ("sgd", "adamw")]
+RESUMED = [
+    (name, optimizer) for name in ("ulfine", "ulfine_plus", "fixmatch") for optimizer in ("sgd", "adamw")
+]
 
 
 def small_run(method=ULFINE, schedule=SCHEDULE, data=None, **options):
     data = small_data() if data is None else data
+    method = replace(method, eta_folds=0)
     head = build_head(data.prototypes, method, schedule.seed)
     result = train(head, data, method, schedule, progress=False, **options)
     return head, result
@@ -81,7 +84,7 @@ def assert_same(left, right):
         assert torch.equal(left[name], right[name]), name
 
 
-@pytest.mark.parametrize("adjust", ["none", "labelled", "kept"])
+@pytest.mark.parametrize("adjust", ["none", "labelled", "kept", "both"])
 @pytest.mark.parametrize("loss_on", ["branches", "fused"])
 def test_step_minimises_the_written_formula(adjust, loss_on):
     method = replace(ULFINE, adjust_unlabelled=adjust, loss_on=loss_on, unlabelled_weight=0.7)
@@ -117,7 +120,12 @@ def test_step_minimises_the_written_formula(adjust, loss_on):
         )
 
     labelled = term(batch.labelled, batch.targets, torch.full((16,), 1 / 16), classes.log_prior)
-    prior = {"none": None, "labelled": classes.log_prior, "kept": kept_prior}[adjust]
+    prior = {
+        "none": None,
+        "labelled": classes.log_prior,
+        "kept": kept_prior,
+        "both": (kept_prior + classes.log_prior) / 2,
+    }[adjust]
     unlabelled = term(batch.strong, pseudo.label, pseudo.keep * (0.7 / 24), prior)
     loss = labelled + unlabelled + method.orthogonality_weight * orthogonality_reference(textual)
     loss.backward()
@@ -546,8 +554,8 @@ class NoHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"adjust_unlabelled": "kept"}, {"fitting": "posterior", "prior_shift": 1.0}],
-    ids=["plain", "kept", "posterior"],
+    [{}, {"adjust_unlabelled": "both"}, {"fitting": "posterior", "prior_shift": 1.0}],
+    ids=["plain", "both", "posterior"],
 )
 def test_a_step_reads_nothing_back(monkeypatch, first, changes):
     # on the CPU alone the ops look at the labels, to name one that is too large

@@ -326,7 +326,9 @@ def train(
             checkpoint_every=checkpoint_every,
         )
     experiment.write_run(run_dir, configuration, features, outcome)
-    _print_metrics(console, outcome.metrics, f"{method}, {outcome.training.seconds:.1f} s of training")
+    if chosen.eta_folds:
+        console.print(f"eta {outcome.head.eta:g}, chosen on {chosen.eta_folds} folds of the labelled images")
+    _print_metrics(console, outcome.metrics, f"{method}, {outcome.seconds:.1f} s of training")
     console.print(f"Wrote metrics.json, predictions.csv, pictures and the checkpoint to {run_dir}")
 
 
@@ -353,7 +355,8 @@ def evaluate(
         raise FileNotFoundError(f"{run_dir}: expected {CHECKPOINT}, got none; finish it with train --resume")
     tensors, record = load_checkpoint(run_dir / CHECKPOINT)
     features = experiment.load_data(data)
-    head = build_head(features.prototypes, method)
+    settled = replace(method, eta=record["method"]["eta"], eta_folds=0)
+    head = build_head(features.prototypes, settled)
     load_head(head, tensors)
     head.to(chosen_device)
     metrics = evaluate_head(head, features.test, features.test_labels, features.labelled_counts)

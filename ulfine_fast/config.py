@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-ADJUST_UNLABELLED = ("none", "labelled", "kept")
+ADJUST_UNLABELLED = ("none", "labelled", "kept", "both")
 FITTING = ("compounding", "posterior")
 
 
@@ -71,6 +71,7 @@ class Method:
     summary: str
     # Branches
     eta: float = 0.5  # weight of the linear branch in [0, 1]: pseudo-labels, prediction, fused loss
+    eta_folds: int = 0  # folds of the labelled images that choose eta before training; 0: eta as it is
     linear_init: str = "text"  # "text" features or "random" unit rows
     normalize_linear: bool = True  # cosine probe; False is a plain linear one
     linear_scale: float = 25.0  # inverse temperature s_l
@@ -79,7 +80,7 @@ class Method:
     trained: bool = True  # False predicts from the start state (zero-shot)
     # Losses
     adjust_labelled: float = 1.0  # tau of the logit adjustment by the labelled prior, 0 is none
-    adjust_unlabelled: str = "none"  # prior on the strong rows: none, labelled, kept (of kept pseudo-labels)
+    adjust_unlabelled: str = "none"  # prior on the strong rows: none, labelled, kept (of kept pseudo-labels), both (their geometric mean)
     unlabelled_weight: float = 1.0  # lambda_u, 0 leaves unlabelled data out
     threshold: float = 0.7  # tau, confidence from which a pseudo-label is kept
     temperature: float = 1.0  # softmax temperature of that confidence
@@ -105,8 +106,10 @@ class Method:
         _above_zero(self, "linear_scale", "proto_scale", "temperature", "strength")
         _at_least(
             self, 0, "adjust_labelled", "unlabelled_weight", "orthogonality_weight", "scale_rows", "prior_shift",
-            "unlabelled_mass",
+            "unlabelled_mass", "eta_folds",
         )  # fmt: skip
+        if self.eta_folds == 1:
+            raise ValueError("eta_folds must be 0 or at least 2, got 1")
         for name in ("eta", "threshold", "mu", "beta", "gamma", "scale_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -162,14 +165,14 @@ METHODS: dict[str, Method] = {
         adjust_labelled=1.0,
     ),
     "ulfine": _ULFINE,
-    # Ours, chosen in docs/accuracy.md: prototypes are posterior means of their classes, pseudo-labels expect the
-    # estimated prior of the unlabelled data, and strong rows are adjusted by the prior of the kept ones.
+    # Ours, chosen in docs/accuracy.md: prototypes are posterior means of their classes, cross-validation weighs
+    # them against the probe, and strong rows are adjusted half by the kept and half by the labelled prior.
     "ulfine_plus": replace(
         _ULFINE,
-        summary="ulfine with posterior prototypes and pseudo-labels under the estimated prior (ours)",
-        eta=0.3,
-        adjust_unlabelled="kept",
-        prior_shift=1.0,
+        summary="ulfine with posterior prototypes and a cross-validated weight of the probe (ours)",
+        eta_folds=3,
+        threshold=0.8,
+        adjust_unlabelled="both",
         fitting="posterior",
         orthogonality_weight=0.0,
     ),

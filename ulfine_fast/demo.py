@@ -58,7 +58,7 @@ def run_demo(
             outcome = run(features, method, replace(schedule, seed=seed), progress=progress)
             outcomes[name].append(outcome)
             overall = report.percent(outcome.metrics["fused"]["overall"])
-            console.print(f"  seed {seed}  {name:<17} {overall} %  {outcome.training.seconds:.1f} s")
+            console.print(f"  seed {seed}  {name:<17} {overall} %  {outcome.seconds:.1f} s")
 
     summary = {name: summarise(runs) for name, runs in outcomes.items()}
     caption = CAPTION.format(over=f"mean ± standard deviation over {drawn}" if len(seeds) > 1 else drawn)
@@ -100,11 +100,12 @@ def summarise(runs: Sequence[Outcome]) -> dict[str, Any]:
             branch: over([outcome.metrics[branch]["overall"] for outcome in runs])
             for branch in runs[0].metrics
         },
-        "seconds": over([outcome.training.seconds for outcome in runs]),
+        "seconds": over([outcome.seconds for outcome in runs]),
         "runs": [
             {
                 "metrics": outcome.metrics,
-                "seconds": outcome.training.seconds,
+                "seconds": outcome.seconds,
+                "eta": outcome.head.eta,
                 "skipped": outcome.training.skipped,
                 "last": outcome.training.history[-1] if outcome.training.history else None,
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from ulfine_fast.features import FeatureData, load_features
 from ulfine_fast.head import DualHead
 from ulfine_fast.splits import ClassRow, split_table
 from ulfine_fast.trainer import Predictions, TrainResult, build_head, evaluate, predict, train
+from ulfine_fast.validation import settle_eta
 
 UNITS = {"accuracy": "fraction of images, 0 to 1", "loss": "nats", "seconds": "s", "std": "sample, n - 1"}
 
@@ -28,6 +30,7 @@ class Outcome:
 
     head: DualHead
     training: TrainResult
+    seconds: float  # wall time of choosing eta, where the method asks for it, and of the steps
     metrics: dict[str, dict[str, Any]]  # by branch, see `classification_metrics`
     predictions: Predictions  # of the fused head
 
@@ -50,6 +53,9 @@ def run(
     progress: bool = True,
 ) -> Outcome:
     """Train `method` on `data` and evaluate it on the test set; the options are those of `train`."""
+    started = time.perf_counter()
+    method = settle_eta(data, method, schedule, device)
+    choosing = time.perf_counter() - started
     head = build_head(data.prototypes, method, schedule.seed).to(device)
     training = train(
         head,
@@ -62,7 +68,7 @@ def run(
         progress=progress,
     )
     metrics = evaluate(head, data.test, data.test_labels, data.labelled_counts)
-    return Outcome(head, training, metrics, predict(head, data.test))
+    return Outcome(head, training, choosing + training.seconds, metrics, predict(head, data.test))
 
 
 def split_rows(data: FeatureData) -> list[ClassRow]:
@@ -96,7 +102,8 @@ def write_run(run_dir: Path, configuration: Mapping[str, Any], data: FeatureData
             "configuration": configuration,
             "classes": [row._asdict() for row in rows],
             "steps": training.steps,
-            "seconds": training.seconds,
+            "seconds": outcome.seconds,
+            "eta": outcome.head.eta,
             "skipped": training.skipped,
             "metrics": outcome.metrics,
             "history": training.history,

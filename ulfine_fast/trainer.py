@@ -147,10 +147,16 @@ def _strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor)
     if method.adjust_unlabelled == "labelled":
         return method.adjust_labelled * log_prior
     if method.adjust_unlabelled == "kept":
-        # Before the first kept pseudo-label this is uniform, which adjusts nothing.
-        kept = state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
-        return (kept / kept.sum()).log()
+        return _log_kept(state)
+    if method.adjust_unlabelled == "both":
+        return 0.5 * (_log_kept(state) + method.adjust_labelled * log_prior)
     return None
+
+
+def _log_kept(state: PrototypeState) -> Tensor:
+    """[C] logarithm of the prior of the kept pseudo-labels; uniform, which adjusts nothing, before the first."""
+    kept = state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
+    return (kept / kept.sum()).log()
 
 
 def _update_state(
@@ -204,7 +210,14 @@ def labelled_log_prior(labelled_counts: Tensor) -> Tensor:
 
 
 def build_head(prototypes: Tensor, method: Method, seed: int = 0) -> DualHead:
-    """Head of `method` over text features [C, D]; `seed` draws a random start of the linear probe."""
+    """Head of `method` over text features [C, D]; `seed` draws a random start of the linear probe.
+
+    Raises ValueError for a method whose eta is still to be chosen, see `validation.settle_eta`.
+    """
+    if method.eta_folds:
+        raise ValueError(
+            f"eta_folds must be 0 for a head, got {method.eta_folds}; choose eta with validation.settle_eta"
+        )
     linear = None
     if method.linear_init == "random":
         generator = torch.Generator().manual_seed(seed)

@@ -206,7 +206,7 @@ def _wordnet(part: str, files: dict[int, str]) -> Callable[[], tuple[Texts, Text
 SOURCES = {
     "fashion-mnist": Source(lambda: load_dataset("fashion-mnist"), 550, 300, 500, 150, 400, 50.0),
     "cifar10": Source(_cifar10, 550, 0, 500, 150, 400, 50.0),
-    "mnist": Source(_mnist, 550, 0, 500, 150, 400, 50.0),
+    "mnist": Source(_mnist, 550, 300, 500, 150, 400, 50.0),
     "wordnet-nouns": Source(_wordnet("noun", NOUN_FILES), 200, 0, 100, 60, 140, 20.0),
     "wordnet-verbs": Source(_wordnet("verb", VERB_FILES), 160, 60, 20, 60, 100, 20.0),
 }

@@ -7,9 +7,10 @@ the study has; their defaults are what the library does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from ulfine_fast.config import METHODS, Method, Schedule
 from ulfine_fast.features import FeatureData
 from ulfine_fast.splits import groups_by_rank
 from ulfine_fast.trainer import MOMENTUM, SMALLEST_KEPT_SHARE, Batches, labelled_log_prior, learning_rate
+from ulfine_fast.validation import ETAS, SCALE_DECAY, STEPS
 
 SMALLEST_SHARE = 1e-4
 
@@ -48,8 +50,6 @@ class Recipe(Method):
     fusion: str = "fixed"  # "class": less of the linear branch where fewer labelled; "entropy": by certainty
     predict_eta: float | None = None  # of the prediction, None: eta
     start: str = "text"  # "posterior": both branches start from the posterior means of the labelled rows
-    # Regularisation of the linear probe
-    text_weight: float = 0.0  # of the squared distance to its start
 
 
 def recipe(name: str, **changes: Any) -> Recipe:
@@ -103,7 +103,6 @@ class Learner:
         if recipe.start == "posterior":
             prototypes = unit(mean + recipe.strength * self.gap * self.text)
             start = prototypes
-        self.start = start.clone()
         self.linear = start.clone().requires_grad_()
         self.textual = prototypes.clone().requires_grad_(recipe.orthogonality_weight > 0)
 
@@ -179,10 +178,11 @@ class Learner:
     def strong_adjustment(self) -> Tensor | float:
         if self.recipe.adjust_unlabelled == "labelled":
             return self.recipe.adjust_labelled * self.log_prior
-        if self.recipe.adjust_unlabelled == "kept":
-            kept = self.kept_share.clamp_min(SMALLEST_KEPT_SHARE)
-            return (kept / kept.sum()).log()
-        return 0.0
+        kept = self.kept_share.clamp_min(SMALLEST_KEPT_SHARE)
+        log_kept = (kept / kept.sum()).log()
+        if self.recipe.adjust_unlabelled == "both":
+            return (log_kept + self.recipe.adjust_labelled * self.log_prior) / 2
+        return log_kept if self.recipe.adjust_unlabelled == "kept" else 0.0
 
     def loss(self, x: Tensor, target: Tensor, adjustment: Tensor | float) -> Tensor:
         """Cross-entropy of each row; `target` is labels or distributions."""
@@ -215,8 +215,6 @@ class Learner:
             loss = loss + recipe.orthogonality_weight * (
                 gram.square().sum() - gram.diagonal().square().sum()
             ) / (classes * (classes - 1))
-        if recipe.text_weight:
-            loss = loss + recipe.text_weight * (unit(self.linear) - self.start).square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -275,13 +273,59 @@ class Learner:
         self.textual.copy_(torch.where(present[:, None], unit(blend), self.textual))
 
 
+def optimizer_of(learner: Learner) -> torch.optim.Optimizer:
+    schedule = learner.schedule
+    groups: list[dict[str, Any]] = [{"params": [learner.linear], "weight_decay": schedule.weight_decay}]
+    if learner.recipe.orthogonality_weight:
+        groups.append({"params": [learner.textual], "weight_decay": 0.0})
+    return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=MOMENTUM)
+
+
+def held_out_losses(data: FeatureData, recipe: Recipe, schedule: Schedule) -> dict[float, float]:
+    """Cross-validated loss of each candidate for eta on labelled rows; see `ulfine_fast.validation`."""
+    order = torch.from_numpy(np.random.default_rng((schedule.seed, 3)).permutation(len(data.labels)))
+    by_class = torch.cat([order[data.labels[order] == k] for k in range(len(data.class_names))])
+    fold = torch.arange(len(by_class))[by_class.argsort()] % recipe.eta_folds
+    log_prior = recipe.adjust_labelled * labelled_log_prior(data.labelled_counts)
+    short = replace(schedule, steps=STEPS)
+    losses = {}
+    for eta in ETAS:
+        total = 0.0
+        alone = replace(recipe, eta=eta, unlabelled_weight=0.0, orthogonality_weight=0.0)
+        for k in range(recipe.eta_folds):
+            rest, held_out = fold != k, fold == k
+            counts = torch.bincount(data.labels[rest], minlength=len(data.class_names))
+            part = replace(
+                data, labelled=data.labelled[:, rest], labels=data.labels[rest], labelled_counts=counts
+            )
+            learner = Learner(part, alone, short)
+            if recipe.fitting == "posterior":
+                fitted = learner.labelled_sums + recipe.strength * learner.gap * learner.text
+                learner.textual = unit(fitted)
+            optimizer, batches = optimizer_of(learner), Batches(part, alone, short, torch.device("cpu"))
+            for number in range(STEPS):
+                optimizer.param_groups[0]["lr"] = learning_rate(short, number)
+                batch = batches(number)
+                with torch.no_grad():
+                    branches = learner.branches(batch.labelled[: recipe.scale_rows])
+                    scales = torch.stack([z.std(-1, correction=0).mean() for z in branches])
+                old = scales if learner.scales is None else learner.scales
+                learner.scales = SCALE_DECAY * old + (1.0 - SCALE_DECAY) * scales
+                learner.step(batch, None, number, optimizer)
+            with torch.no_grad():
+                z = learner.fuse(*learner.branches(data.labelled[0, held_out])) + log_prior
+            total += float(F.cross_entropy(z, data.labels[held_out], reduction="sum"))
+        losses[eta] = total / len(data.labels)
+    return losses
+
+
 def train(data: FeatureData, recipe: Recipe, schedule: Schedule) -> Fitted:
     """Train `recipe` on `data` and read its balanced logits on the held-out rows."""
+    if recipe.eta_folds:
+        losses = held_out_losses(data, recipe, schedule)
+        recipe = replace(recipe, eta=min(losses, key=losses.get))
     learner = Learner(data, recipe, schedule)
-    groups: list[dict[str, Any]] = [{"params": [learner.linear], "weight_decay": schedule.weight_decay}]
-    if recipe.orthogonality_weight:
-        groups.append({"params": [learner.textual], "weight_decay": 0.0})
-    optimizer = torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=MOMENTUM)
+    optimizer = optimizer_of(learner)
     batches = Batches(data, recipe, schedule, torch.device("cpu"))
     for number in range(schedule.steps if recipe.trained else 0):
         for group in optimizer.param_groups:
@@ -317,5 +361,6 @@ def quality(learner: Learner) -> dict[str, float]:
             f"precision_few_{name}": float(right[on_few].float().mean()),
         }
     estimate = learner.prior if recipe.prior_shift else learner.share
+    found["eta"] = recipe.eta
     found["distribution_l1"] = float((estimate - learner.truth_share()).abs().sum())
     return found

@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from methods import BASELINES, SWEEPS
+from methods import ABLATIONS, BASELINES, SWEEPS
 from run import DISTRIBUTIONS, RESULTS, STAGES, choose, key, read
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
@@ -25,9 +25,9 @@ Rows = dict[tuple[str, str], dict[int, dict[str, Any]]]  # by cell and seed
 
 def by_method(stage: str) -> dict[str, Rows]:
     found: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
-    wanted = {(m, key(c)) for m, c in choose().items()} if stage != "ablation" else None
+    wanted = {(m, key(c)) for m, c in (ABLATIONS if stage == "ablation" else choose()).items()}
     for row in read(stage):
-        if wanted is None or (row["method"], row["key"]) in wanted:
+        if (row["method"], row["key"]) in wanted:
             found[row["method"]][row["pool"], row["distribution"]][row["seed"]] = row
     return found
 
@@ -139,7 +139,8 @@ def mean_ranks(found: dict[str, Rows]) -> dict[str, float]:
 
 
 def colour(method: str) -> str:
-    return {"ulfine_plus": "tab:red", "ulfine": "tab:orange"}.get(method, "tab:blue")
+    ours = {"ulfine": "tab:orange", "ulfine_plus": "tab:red", "ulfine_plus_tte": "darkred"}
+    return ours.get(method, "tab:blue")
 
 
 def save(figure: plt.Figure, name: str) -> None:
@@ -250,6 +251,7 @@ if __name__ == "__main__":
             "chosen": chosen_table(),
             "final": final_table(final),
             "cells": cell_table(final, "ulfine_plus"),
+            "cells tte": cell_table(final, "ulfine_plus_tte"),
             "precision": precision_table(final),
             "ablation": ablation_table(ablation),
         }
