@@ -29,7 +29,6 @@ from ulfine_fast.checkpoint import (
 from ulfine_fast.config import Method, Schedule
 from ulfine_fast.head import DualHead
 from ulfine_fast.metrics import classification_metrics, pseudo_label_metrics
-from ulfine_fast.ops import PseudoLabels
 from ulfine_fast.splits import groups_by_rank
 
 if TYPE_CHECKING:
@@ -96,8 +95,8 @@ def train_step(
     were. Copies of labelled images are pseudo-labelled and trained on, but do not count in P_u.
     """
     state = head.state
-    scales_before = state.branch_scale.clone(), state.measured.clone()
     if first:
+        scales_before = state.branch_scale.clone(), state.measured.clone()
         _measure(head, batch.weak, method)
     loss, pseudo = head.step_loss(
         torch.cat([batch.labelled, batch.strong]),
@@ -116,17 +115,39 @@ def train_step(
     loss.backward()
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    finite = torch.stack([loss.isfinite(), *(p.grad.isfinite().all() for p in parameters)]).all()
-    # fused optimizers read this flag, meant for gradient scalers, on the device and then do nothing
-    optimizer.found_inf = finite.logical_not().float()
+    # In one launch, as gradient scalers look for what is not finite; a scale of 1 changes no bit.
+    scaled = [loss.detach(), *(p.grad for p in parameters)]
+    found_inf = loss.new_zeros((), dtype=torch.float32)
+    torch._amp_foreach_non_finite_check_and_unscale_(scaled, found_inf, torch.ones_like(found_inf))
+    # Fused optimizers read this flag on the device and then do nothing.
+    optimizer.found_inf = found_inf
     optimizer.step()
 
-    with torch.no_grad():
-        if method.orthogonality_weight:
-            unit = F.normalize(state.textual, dim=-1)
-            state.textual.copy_(torch.where(finite, unit, state.textual))
-        if len(batch.weak):
-            _update_state(state, batch, pseudo, method, classes.counts, finite, scales_before)
+    finite = found_inf == 0
+    normalize = method.orthogonality_weight > 0
+    if len(batch.weak):
+        state.advance(
+            batch.labelled,
+            batch.targets,
+            batch.weak,
+            pseudo,
+            classes.counts,
+            finite,
+            copies=batch.copies,
+            mu=method.mu,
+            beta=method.beta,
+            gamma=method.gamma,
+            scale_decay=method.scale_decay,
+            posterior=method.fitting == "posterior",
+            strength=method.strength,
+            unlabelled_mass=method.unlabelled_mass,
+            normalize=normalize,
+        )
+    elif normalize:
+        state.normalize(finite)
+    if first:
+        for tensor, before in zip((state.branch_scale, state.measured), scales_before, strict=True):
+            tensor.copy_(torch.where(finite, tensor, before))
     return StepReport(loss.detach(), pseudo.keep.sum() / max(len(batch.weak), 1), finite)
 
 
@@ -151,50 +172,6 @@ def _strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor)
         kept = state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
         return (kept / kept.sum()).log()
     return None
-
-
-def _update_state(
-    state: PrototypeState,
-    batch: Batch,
-    pseudo: PseudoLabels,
-    method: Method,
-    labelled_counts: Tensor,
-    finite: Tensor,
-    scales_before: tuple[Tensor, Tensor],
-) -> None:
-    """`PrototypeState.update` that leaves everything as it was where `finite` is False, without reading it."""
-    if batch.copies is not None:
-        counted = (pseudo.label >= 0) & ~batch.copies
-        histogram = torch.zeros_like(pseudo.histogram)
-        histogram.index_add_(0, pseudo.label.clamp_min(0), counted.to(histogram.dtype))
-        pseudo = pseudo._replace(histogram=histogram)
-    # without a label no prototype moves, without a count no distribution does
-    posterior = method.fitting == "posterior"
-    learns = finite if method.mu > 0 or posterior else torch.zeros_like(finite)
-    targets = torch.where(learns, batch.targets, -1)
-    pseudo = pseudo._replace(
-        histogram=pseudo.histogram * finite, kept_histogram=pseudo.kept_histogram * finite
-    )
-    state.update(
-        batch.labelled,
-        targets,
-        pseudo,
-        mu=0.0 if posterior else method.mu,
-        beta=method.beta,
-        gamma=method.gamma,
-        scale_decay=method.scale_decay,
-    )
-    if posterior:
-        state.refit(
-            batch.weak,
-            pseudo._replace(keep=pseudo.keep & finite),
-            labelled_counts,
-            strength=method.strength,
-            unlabelled_mass=method.unlabelled_mass,
-            gamma=torch.where(finite, method.gamma, 1.0),
-        )
-    for tensor, before in zip((state.branch_scale, state.measured), scales_before, strict=True):
-        tensor.copy_(torch.where(finite, tensor, before))
 
 
 def labelled_log_prior(labelled_counts: Tensor) -> Tensor:
