@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ulfine_fast.capture import CapturedStep
 from ulfine_fast.checkpoint import (
     CheckpointError,
     digest,
@@ -202,14 +203,18 @@ def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch
     """Fused SGD (momentum 0.9) or AdamW over the linear probe and, if it is learned, the textual prototypes.
 
     Textual prototypes have no weight decay: their rows keep norm 1. Without orthogonality nothing gives them
-    a gradient and they are left out.
+    a gradient and they are left out. On a CUDA device the learning rate is a tensor there, so that a captured
+    step reads it.
     """
+    rate = schedule.learning_rate
+    if head.linear.is_cuda:
+        rate = torch.tensor(rate, device=head.linear.device)
     groups = [{"params": [head.linear], "weight_decay": schedule.weight_decay}]
     if method.orthogonality_weight:
         groups.append({"params": [head.state.textual], "weight_decay": 0.0})
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
-    optimizer = torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=MOMENTUM, fused=True)
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             # the first step would otherwise leave the buffer unset if it is skipped
@@ -220,6 +225,14 @@ def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch
 def learning_rate(schedule: Schedule, step: int) -> float:
     """Cosine from `schedule.learning_rate` at step 0 to 0 at `schedule.steps`."""
     return schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 class Stream:
@@ -344,6 +357,7 @@ def train(
     run_dir: Path | None = None,
     resume: bool = False,
     checkpoint_every: int = 500,
+    capture: bool = False,
     progress: bool = True,
 ) -> TrainResult:
     """Train `head` in place, on its device.
@@ -353,6 +367,7 @@ def train(
         resume: continue from the checkpoint in `run_dir` if there is one. The result is bit by bit that of a
             run without interruption on the same machine with the same number of threads and back end.
         checkpoint_every: steps between two checkpoints; one more is written at the end.
+        capture: run the steps after the first one as one CUDA graph, with the same bits; needs a CUDA device.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -361,7 +376,8 @@ def train(
         the batch), skipped (steps so far), and with unlabelled data what `Quality` says.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another method, schedule or data. RuntimeError: 20
+        CheckpointError: the checkpoint is damaged or of another method, schedule or data. ValueError: `capture`
+        without a CUDA device. RuntimeError: 20
         steps in a row were not finite; the run stops at its next log step or multiple of 20.
     """
     device = head.linear.device
@@ -379,15 +395,25 @@ def train(
         counts = torch.as_tensor(data.labelled_counts)
         classes = LabelledClasses(counts.to(device), labelled_log_prior(counts).to(device))
 
+    captured = None
     started = time.perf_counter() - result.seconds
     with _bar(result.steps, steps, progress) as bar:
         for step in range(result.steps, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(schedule, step)
+            _set_learning_rate(optimizer, learning_rate(schedule, step))
             batch = batches(step)
             log = (step + 1) % schedule.log_every == 0 or step + 1 == steps
             terms = _terms(head, batch, method, classes.log_prior, first=step == 0) if log else None
-            report = train_step(head, optimizer, batch, method, classes, first=step == 0)
+            if capture and step > 0:
+                if captured is None:
+                    captured = CapturedStep(
+                        lambda batch: train_step(head, optimizer, batch, method, classes),
+                        head,
+                        optimizer,
+                        batch,
+                    )
+                report = captured(batch)
+            else:
+                report = train_step(head, optimizer, batch, method, classes, first=step == 0)
             row = torch.where(report.finite, 0, skips[0] + 1)
             skips = torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~report.finite])
             if log:
