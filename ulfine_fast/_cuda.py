@@ -278,12 +278,72 @@ def proto_fit_(
     beta: float,
     gamma: float,
 ) -> None:
-    x, histogram = _f32(features), histogram.contiguous()
-    (b, d), c = x.shape, len(textual)
+    state = textual, visual, seen, distribution
+    _launch("proto_fit", *_fit(features, targets, histogram.contiguous(), state, mu, beta, gamma))
+
+
+def _fit(
+    features: Tensor,
+    targets: Tensor,
+    histogram: Tensor,
+    state: tuple[Tensor, ...],
+    mu: float,
+    beta: float,
+    gamma: float,
+) -> tuple:
+    """The struct `ProtoFit`; the state is textual, visual, seen and distribution."""
+    x, c = _f32(features), len(histogram)
+    b, d = x.shape
     counts, mass = (histogram, None) if histogram.dtype == torch.int64 else (None, histogram)
+    working = _empty(x, b), _empty(x)
+    return x, targets.contiguous(), counts, mass, *state, *working, b, c, d, mu, beta, gamma
+
+
+@_on_device_of_first
+def state_update_(
+    features: Tensor,
+    targets: Tensor,
+    weak: Tensor,
+    label: Tensor,
+    keep: Tensor,
+    copies: Tensor | None,
+    histogram: Tensor,
+    kept_histogram: Tensor,
+    branch_scale: Tensor,
+    labelled_counts: Tensor,
+    text: Tensor,
+    finite: Tensor,
+    textual: Tensor,
+    visual: Tensor,
+    seen: Tensor,
+    distribution: Tensor,
+    kept_distribution: Tensor,
+    kept_sum: Tensor,
+    kept_count: Tensor,
+    running_scale: Tensor,
+    measured: Tensor,
+    mu: float,
+    beta: float,
+    gamma: float,
+    scale_decay: float,
+    strength: float,
+    unlabelled_mass: float,
+    posterior: bool,
+    normalize: bool,
+) -> None:
+    x, (views, classes) = _f32(weak), (len(weak), len(text))
+    counted = None if copies is None else _empty(x, classes, dtype=torch.int64)
+    counts = histogram.contiguous() if counted is None else counted
+    sums = working = (None,) * 4
+    if posterior:
+        sums = labelled_counts.contiguous(), text, kept_sum, kept_count
+        working = _empty(x, views), _empty(x, classes), _empty(x), _empty(x)
     _launch(
-        "proto_fit", x, targets.contiguous(), counts, mass, textual, visual, seen, distribution,
-        _empty(x, b), _empty(x), b, c, d, mu, beta, gamma,
+        "state_update",
+        _fit(features, targets, counts, (textual, visual, seen, distribution), mu, beta, gamma),
+        (x, *sums, *working, strength, unlabelled_mass), finite, label.contiguous(), keep.contiguous(),
+        None if copies is None else copies.contiguous(), counted, kept_histogram.contiguous(),
+        branch_scale.contiguous(), kept_distribution, running_scale, measured, views, scale_decay, normalize,
     )  # fmt: skip
 
 

@@ -256,6 +256,10 @@ def train(
         Backend,
         typer.Option(help="Implementation of the ops; auto takes the fastest, a name runs or fails."),
     ] = "auto",
+    capture: Annotated[
+        bool,
+        typer.Option(help="Run the steps as one CUDA graph; the result is the same. Needs a CUDA device."),
+    ] = False,
     threads: Threads = 0,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Let torch use deterministic algorithms only.")
@@ -324,6 +328,7 @@ def train(
             run_dir=run_dir,
             resume=resume,
             checkpoint_every=checkpoint_every,
+            capture=capture,
         )
     experiment.write_run(run_dir, configuration, features, outcome)
     if chosen.eta_folds:

@@ -83,6 +83,7 @@ void bind(py::module_& m) {
   define(m, "dual_cross_entropy", dual_cross_entropy);
   define(m, "head_loss", head_loss);
   define(m, "proto_fit", proto_fit);
+  define(m, "state_update", state_update);
   define(m, "orthogonality", orthogonality);
 }
 

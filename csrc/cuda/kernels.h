@@ -133,6 +133,37 @@ struct ProtoFit {
 
 const char* proto_fit(const ProtoFit&, void* stream);
 
+// What the textual prototypes as posterior means need beside the visual ones.
+struct Posterior {
+  const float* weak;         // [U, D]
+  const int64_t* labelled;   // [C] labelled examples of the training set
+  const float* text;         // [C, D]
+  float* kept_sum;           // [C, D], read and written; null: prototypes are no posterior means
+  float* kept_count;         // [C], read and written
+  float *inverse, *along;    // [U], [C]: working memory
+  float *unlabelled, *pull;  // [], []: working memory
+  float strength, unlabelled_mass;
+};
+
+// All that the head carries to the next step. The distribution that `fit` moves is that of the rows counted.
+struct StateUpdate {
+  ProtoFit fit;
+  Posterior posterior;
+  const bool* finite;                       // [] false: everything stays
+  const int64_t* label;                     // [U]
+  const bool *keep, *copies;                // [U], [U] or null: rows that do not count
+  int64_t* counted;                         // [C] or null: the counts of `fit`, to be filled
+  const int64_t* kept_counts;               // [C]
+  const float* measured_scale;              // [2], zeros for none
+  float *kept_distribution, *branch_scale;  // [C], [2], read and written
+  bool* measured;                           // [], read and written
+  int64_t u;
+  float scale_decay;
+  bool normalize;  // the textual prototypes, first
+};
+
+const char* state_update(const StateUpdate&, void* stream);
+
 // The Gram matrix of unit rows, from the C x C side if C <= D, else from the D x D side.
 struct Gram {
   float* gram;        // [side, side]; the diagonal of the C x C side becomes 0
