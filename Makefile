@@ -25,7 +25,7 @@ demo: $(READY)  ## Train on the built-in data and write a report
 	$(BIN)/ulfine-fast demo $(ARGS)
 
 test: $(READY)  ## Run every test
-	$(BIN)/pytest -q $(ARGS)
+	$(BIN)/pytest -q --numprocesses auto --dist loadfile $(ARGS)
 
 bench: $(READY)  ## Time every op and the head step against their rivals (7 minutes)
 	export ULFINE_BENCHMARK_JSON="$${ULFINE_BENCHMARK_JSON:-bench.json}"

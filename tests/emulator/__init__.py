@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -27,10 +28,13 @@ def build(folder: Path, *units: Path) -> Path:
     library = folder / f"{digest}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         paths = [HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+        # Tests that run beside this one may build it too: whole files alone get the name.
+        part = library.with_suffix(f".{os.getpid()}")
         subprocess.run(
-            ["g++", *FLAGS, *(f"-I{path}" for path in paths), "-o", library, "-xc++", *units],
+            ["g++", *FLAGS, *(f"-I{path}" for path in paths), "-o", part, "-xc++", *units],
             check=True,
         )
+        part.replace(library)
     return library
 
 
