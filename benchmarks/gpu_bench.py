@@ -273,7 +273,9 @@ def measure(bout: Bout, start: StepInputs, seconds: float, machine: Machine) -> 
 
 
 def calls_per_block(call: Callable[[], object]) -> int:
-    """How many calls make a block."""
+    """How many calls make a block; the first few capture what they will replay."""
+    for _ in range(3):
+        call()
     return max(1, min(BLOCK_CALLS, math.ceil(BLOCK_MS / block_ms(call, 3))))
 
 
