@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import contests
@@ -17,13 +18,14 @@ import gpu_table
 import numpy as np
 import pytest
 import torch
-from contests import CONTESTS, PROVIDERS
+from contests import CONTESTS, PROVIDERS, Contest
 from gpu_bench import Bout, Machine
 from shapes import GPU_SHAPES, Shape, least_work, step_inputs
 from triton.runtime.interpreter import GridExecutor
 
 from ulfine_fast import _cuda
 
+(ORTHOGONALITY,) = (contest for contest in CONTESTS if contest.op == "orthogonality")
 TINY = Shape(4, 6, 7, 5)
 RATES = Machine(ieee=1e12, tf32=2e12, fp16=4e12, copy=1e9)
 
@@ -36,6 +38,7 @@ def on_the_processor(emulated_kernels, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     monkeypatch.setattr(gpu_bench, "block_ms", lambda call, calls: 1.0)
+    monkeypatch.setattr(gpu_bench, "calls_per_block", lambda call: 1)
     monkeypatch.setattr(gpu_bench, "peak_mib", lambda call: 8.0)
     monkeypatch.setattr(gpu_bench, "launches", lambda calls: dict.fromkeys(calls, 3))
     with np.errstate(all="ignore"):
@@ -162,8 +165,11 @@ def test_inputs_can_be_copied_and_put_back():
 # Providers
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("contest", CONTESTS, ids=lambda contest: f"{contest.op}-{contest.loss_on}")
+@pytest.mark.parametrize(
+    ("contest", "precision"),
+    [*((contest, "ieee") for contest in CONTESTS), (ORTHOGONALITY, "tf32")],
+    ids=lambda value: f"{value.op}-{value.loss_on}" if isinstance(value, Contest) else value,
+)
 def test_every_provider_computes_the_same(on_the_processor, contest, precision):
     with gpu_checks.tf32(precision == "tf32"):
         rows = gpu_bench.measure(Bout(contest, "A", precision), step_inputs(TINY), 60.0, RATES)
@@ -185,14 +191,13 @@ def test_the_backend_of_a_provider_is_the_one_that_runs(on_the_processor, monkey
     monkeypatch.setattr(
         _cuda, "_launch", lambda name, *fields: launched.append(name) or launch(name, *fields)
     )
-    contest = next(contest for contest in CONTESTS if contest.op == "orthogonality")
     monkeypatch.setattr(
         gpu_bench, "providers", lambda contest: [p for p in PROVIDERS if p.backend == "triton"]
     )
-    gpu_bench.measure(Bout(contest, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
+    gpu_bench.measure(Bout(ORTHOGONALITY, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
     assert not launched
     monkeypatch.setattr(gpu_bench, "providers", lambda contest: [p for p in PROVIDERS if p.backend == "cuda"])
-    gpu_bench.measure(Bout(contest, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
+    gpu_bench.measure(Bout(ORTHOGONALITY, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
     assert set(launched) == {"unit_rows", "orthogonality", "finish"}
 
 
@@ -211,8 +216,7 @@ def breaks(error):
     ],
 )
 def test_a_provider_that_fails_is_a_row_that_says_so(on_the_processor, monkeypatch, error, status, defect):
-    contest = next(contest for contest in CONTESTS if contest.op == "orthogonality")
-    broken = contests.Contest("orthogonality", contest.run, (breaks(error),), contest.naive, contest.smart)
+    broken = replace(ORTHOGONALITY, ours=(breaks(error),))
     rows = gpu_bench.measure(Bout(broken, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
     assert {row["status"] for row in rows if row["provider"] in gpu_table.OURS} == {status}
     assert {row["status"] for row in rows if row["provider"] not in gpu_table.OURS} == {"ok"}
@@ -220,8 +224,8 @@ def test_a_provider_that_fails_is_a_row_that_says_so(on_the_processor, monkeypat
 
 
 def test_a_wrong_result_is_not_timed_and_is_a_defect(on_the_processor):
-    contest = next(contest for contest in CONTESTS if contest.op == "orthogonality")
-    wrong = contests.Contest("orthogonality", contest.run, (lambda p: contest.ours[0](p) * 2,), contest.naive)
+    (value_of,) = ORTHOGONALITY.ours
+    wrong = replace(ORTHOGONALITY, ours=(lambda prototypes: 2 * value_of(prototypes),))
     rows = gpu_bench.measure(Bout(wrong, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
     ours = [row for row in rows if row["provider"] in gpu_table.OURS]
     assert all(row["status"].startswith("wrong: result 0") and "p50" not in row for row in ours)
@@ -236,7 +240,7 @@ def test_what_time_does_not_suffice_for_is_a_row(on_the_processor):
 
 def test_times_stand_without_a_profiler(on_the_processor, monkeypatch):
     monkeypatch.setattr(gpu_bench, "launches", breaks(RuntimeError("no CUPTI")))
-    rows = gpu_bench.measure(Bout(CONTESTS[0], "A", "ieee"), step_inputs(TINY), 60.0, RATES)
+    rows = gpu_bench.measure(Bout(ORTHOGONALITY, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
     assert all("p50" in row and "launches" not in row for row in rows)
 
 
