@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import contests
 import gpu
@@ -23,7 +24,8 @@ from gpu_bench import Bout, Machine
 from shapes import GPU_SHAPES, Shape, least_work, step_inputs
 from triton.runtime.interpreter import GridExecutor
 
-from ulfine_fast import _cuda
+from ulfine_fast import _cuda, backend
+from ulfine_fast.ops.dual_cross_entropy import LOSS_ON
 
 (ORTHOGONALITY,) = (contest for contest in CONTESTS if contest.op == "orthogonality")
 TINY = Shape(4, 6, 7, 5)
@@ -201,6 +203,24 @@ def test_the_backend_of_a_provider_is_the_one_that_runs(on_the_processor, monkey
     assert set(launched) == {"unit_rows", "orthogonality", "finish"}
 
 
+def test_a_block_starts_from_the_same_state_on_the_backend_of_its_provider(monkeypatch):
+    start, seen = step_inputs(TINY), []
+    s = start.to("cpu")
+
+    def call():
+        seen.append((s.visual[0, 0].item(), backend._selected))
+        s.visual.zero_()
+
+    monkeypatch.setattr(gpu_bench, "block_ms", lambda call, calls: [call() for _ in range(calls)])
+    monkeypatch.setattr(gpu_bench, "launches", lambda calls: [run() for run in calls.values()] and {})
+    block = gpu_bench._block(call, s, "triton", 2, start)
+    block()
+    block()
+    gpu_bench._launches({"cuda": (call, s, "cuda", 2)}, start)
+    first = start.visual[0, 0].item()
+    assert seen == [(first, "triton"), (0.0, "triton")] * 2 + [(first, "cuda")]
+
+
 def breaks(error):
     def run(*arguments):
         raise error
@@ -253,13 +273,14 @@ def test_accuracy_is_told_next_to_that_of_autocast(on_the_processor):
         assert 0 < gpu_bench.gradient_error(start, "cuda", loss_on) < 2e-5
 
 
-def test_all_bouts_share_the_time(on_the_processor, monkeypatch):
+def test_all_bouts_share_the_time_each_at_its_precision(on_the_processor, monkeypatch):
+    def measure(bout, start, seconds, machine):
+        given.append(seconds)
+        assert torch.backends.cuda.matmul.allow_tf32 == (bout.precision == "tf32")
+        return [{"provider": ""}]
+
     given = []
-    monkeypatch.setattr(
-        gpu_bench,
-        "measure",
-        lambda bout, start, seconds, machine: given.append(seconds) or [{"provider": ""}],
-    )
+    monkeypatch.setattr(gpu_bench, "measure", measure)
     monkeypatch.setattr(gpu_bench, "add_accuracy", lambda rows, bout, start: None)
     monkeypatch.setattr(gpu_bench, "inputs", lambda shape: step_inputs(TINY))
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
@@ -280,6 +301,12 @@ def test_every_op_has_the_same_bits_twice(on_the_processor, monkeypatch, capsys)
     monkeypatch.setattr(gpu_checks, "cases", lambda largest: [(gpu_checks.SHAPES[0], torch.float16, False)])
     assert gpu_checks.main("twice", device="cpu") == 0
     assert capsys.readouterr().out.strip() == "twice: 0 differences"
+
+
+def test_checks_call_every_op_in_both_loss_modes():
+    names = gpu_checks.calls(gpu_checks.SHAPES[0], torch.float32, "cpu").keys()
+    assert {name.partition(",")[0] for name in names} == {*backend.OPS, *backend.COMPOSED}
+    assert {f"{op}, {mode}" for op in ("dual_cross_entropy", "head_loss") for mode in LOSS_ON} < names
 
 
 def test_checks_launch_every_kernel(on_the_processor, monkeypatch, capsys):
@@ -458,22 +485,20 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
     assert gpu.run("sanitize") == "skipped: SANITIZER=skip"
 
 
-def test_a_stage_fails_with_its_first_command_that_fails(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("codes", "ended"),
+    [([0, 0], "passed"), ([0, 99], "failed: exit status 99 of second"), ([1, 0], "failed")],
+)
+def test_a_stage_fails_with_its_first_command_that_fails(monkeypatch, codes, ended):
+    commands = dict(zip(("first", "second"), codes, strict=True))
     monkeypatch.setattr(gpu, "missing", lambda stage: [])
-    for codes, ended in (([0, 0, 0], "passed"), ([0, 99, 0], "failed: exit status 99 of compute-sanitizer")):
-        left = iter(codes)
-        monkeypatch.setattr(
-            gpu, "commands",
-            lambda stage, seconds, left=left: [
-                [gpu.sys.executable, "-c", f"raise SystemExit({code})", ] if not code else ["compute-sanitizer"]
-                for code in left
-            ],
-        )  # fmt: skip
-        monkeypatch.setattr(
-            gpu.subprocess, "run",
-            lambda command, **options: type("Done", (), {"returncode": 99 * (command == ["compute-sanitizer"])}),
-        )  # fmt: skip
-        assert gpu.run("determinism").startswith(ended)
+    monkeypatch.setattr(gpu, "commands", lambda stage, left: [[name] for name in commands])
+    monkeypatch.setattr(
+        gpu.subprocess,
+        "run",
+        lambda command, **options: SimpleNamespace(returncode=commands[command[0]]),
+    )
+    assert gpu.run("determinism").startswith(ended)
 
 
 def test_commands():
