@@ -294,6 +294,17 @@ def test_all_bouts_share_the_time_each_at_its_precision(on_the_processor, monkey
     assert given[-1] == 100
 
 
+def test_a_fault_outside_of_a_provider_is_a_row_of_each(on_the_processor, monkeypatch):
+    monkeypatch.setattr(gpu_bench, "inputs", lambda shape: step_inputs(TINY))
+    monkeypatch.setattr(gpu_bench.gc, "collect", lambda: 0)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    monkeypatch.setattr(gpu_bench, "measure", breaks(RuntimeError("CUDA error")))
+    rows = list(gpu_bench.all_bouts({"A": TINY}, 1.0, "cpu", RATES))
+    assert {row["status"] for row in rows} == {"failed: RuntimeError: CUDA error"}
+    assert {row["op"] for row in rows} == {contest.op for contest in CONTESTS}
+    assert sum(map(gpu_table.defective, rows)) == len(CONTESTS) * len(gpu_table.OURS)
+
+
 # Checks
 
 
