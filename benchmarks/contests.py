@@ -95,6 +95,10 @@ def prepared(contest: Contest, provider: Provider, s: StepInputs, given: Results
     if provider.how in COMPILED:
         mode = COMPILED[provider.how]
         parts = tuple(torch.compile(part, fullgraph=True, dynamic=False, mode=mode) for part in parts)
+    if provider.how == "reduce-overhead":
+        # Or the compiler would copy every input into its graph, and make none where one is changed in place.
+        for tensor in s.tensors():
+            torch._dynamo.mark_static_address(tensor)
 
     def call() -> Results:
         if provider.how == "reduce-overhead":

@@ -2,8 +2,9 @@
 
 Stages are build, test, sanitize, determinism and bench; without a name all of them run, in this order. A stage that
 fails does not keep the later ones from running, except the build. Nothing is downloaded or installed: CMake builds
-the extension for the interpreter that runs this, and build/gpu holds it beside links to the Python files. SANITIZER=skip leaves sanitize out, BUDGET=seconds is
-the time of bench, which else is what the other stages leave of nine minutes, five at most.
+the extension for the interpreter that runs this, and build/gpu holds it beside links to the Python files.
+SANITIZER=skip leaves sanitize out. BUDGET=seconds is the time of bench, else what the others leave of nine minutes,
+five at most.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def build_commands() -> list[list[str]]:
 
 
 def commands(stage: str, left: float) -> list[list[str]]:
-    """What the stage runs, in the root of the tree, with `left` seconds for all; it fails with the first that does."""
+    """What the stage runs in the root of the tree, in `left` seconds; it fails with the first that does."""
     python, here = sys.executable, str(Path(__file__).parent)
     checks = [python, f"{here}/gpu_checks.py"]
     if stage == "build":

@@ -27,7 +27,7 @@ import bench_pseudo_label
 import gpu_table
 import torch
 import triton
-from contests import COMPILED, CONTESTS, Contest, Results, prepared, providers
+from contests import COMPILED, CONTESTS, Contest, Provider, Results, prepared, providers
 from gpu_checks import tf32
 from shapes import (
     ALIGN,
@@ -215,6 +215,18 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
 
 
+def row_of(bout: Bout, provider: Provider, status: str = "ok") -> dict:
+    """What every row says."""
+    return {
+        "op": bout.contest.op,
+        "loss_on": bout.contest.loss_on,
+        "shape": bout.shape,
+        "precision": bout.precision,
+        "provider": provider.name,
+        "status": status,
+    }
+
+
 def measure(bout: Bout, start: StepInputs, seconds: float, machine: Machine) -> list[dict]:
     """One row per provider; `status` is "ok", or why there is no time."""
     end = time.perf_counter() + seconds
@@ -222,14 +234,7 @@ def measure(bout: Bout, start: StepInputs, seconds: float, machine: Machine) -> 
     given = contest.give(start)
     rows, calls, expected = {}, {}, None
     for provider in providers(contest):
-        row = rows[provider.name] = {
-            "op": contest.op,
-            "loss_on": contest.loss_on,
-            "shape": bout.shape,
-            "precision": bout.precision,
-            "provider": provider.name,
-            "status": "ok",
-        }
+        row = rows[provider.name] = row_of(bout, provider)
         if time.perf_counter() > end - (1.0 - PREPARING) * seconds:
             row["status"] = "out of time"
             continue
@@ -273,7 +278,9 @@ def measure(bout: Bout, start: StepInputs, seconds: float, machine: Machine) -> 
 
 
 def calls_per_block(call: Callable[[], object]) -> int:
-    """How many calls make a block."""
+    """How many calls make a block; the first few capture what they will replay."""
+    for _ in range(3):
+        call()
     return max(1, min(BLOCK_CALLS, math.ceil(BLOCK_MS / block_ms(call, 3))))
 
 
@@ -415,15 +422,21 @@ def all_bouts(shapes: dict[str, Shape], seconds: float, device: str, machine: Ma
     weights = [WEIGHT.get(bout.contest.op, 1.0) for bout in bouts]
     for number, bout in enumerate(bouts):
         left = max(0.0, end - time.perf_counter())
-        start = inputs(shapes[bout.shape]).to(device)
-        with tf32(bout.precision == "tf32"):
-            rows = measure(bout, start, left * weights[number] / sum(weights[number:]), machine)
-            add_accuracy(rows, bout, start)
+        try:
+            # Graphs of the compiler hold memory of their own.
+            torch.compiler.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+            start = inputs(shapes[bout.shape]).to(device)
+            with tf32(bout.precision == "tf32"):
+                rows = measure(bout, start, left * weights[number] / sum(weights[number:]), machine)
+                add_accuracy(rows, bout, start)
+        except RuntimeError as error:
+            # Such as a fault on the device, after which every later bout fails too, and says so.
+            rows = [
+                row_of(bout, provider, f"failed: {first_line(error)}") for provider in providers(bout.contest)
+            ]
         yield from rows
-        # Graphs of the compiler hold memory of their own.
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def main(seconds: float) -> int:

@@ -56,6 +56,10 @@ class StepInputs:
     def labelled(self) -> int:
         return len(self.targets)
 
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
     def to(self, device: str, dtype: torch.dtype = torch.float32) -> StepInputs:
         """A copy with leaves of its own; `dtype` is that of what is floating."""
         copies = {}

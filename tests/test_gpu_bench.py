@@ -7,7 +7,9 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import contests
 import gpu
@@ -17,13 +19,15 @@ import gpu_table
 import numpy as np
 import pytest
 import torch
-from contests import CONTESTS, PROVIDERS
+from contests import CONTESTS, PROVIDERS, Contest
 from gpu_bench import Bout, Machine
 from shapes import GPU_SHAPES, Shape, least_work, step_inputs
 from triton.runtime.interpreter import GridExecutor
 
-from ulfine_fast import _cuda
+from ulfine_fast import _cuda, backend
+from ulfine_fast.ops.dual_cross_entropy import LOSS_ON
 
+(ORTHOGONALITY,) = (contest for contest in CONTESTS if contest.op == "orthogonality")
 TINY = Shape(4, 6, 7, 5)
 RATES = Machine(ieee=1e12, tf32=2e12, fp16=4e12, copy=1e9)
 
@@ -36,6 +40,7 @@ def on_the_processor(emulated_kernels, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     monkeypatch.setattr(gpu_bench, "block_ms", lambda call, calls: 1.0)
+    monkeypatch.setattr(gpu_bench, "calls_per_block", lambda call: 1)
     monkeypatch.setattr(gpu_bench, "peak_mib", lambda call: 8.0)
     monkeypatch.setattr(gpu_bench, "launches", lambda calls: dict.fromkeys(calls, 3))
     with np.errstate(all="ignore"):
@@ -162,8 +167,11 @@ def test_inputs_can_be_copied_and_put_back():
 # Providers
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("contest", CONTESTS, ids=lambda contest: f"{contest.op}-{contest.loss_on}")
+@pytest.mark.parametrize(
+    ("contest", "precision"),
+    [*((contest, "ieee") for contest in CONTESTS), (ORTHOGONALITY, "tf32")],
+    ids=lambda value: f"{value.op}-{value.loss_on}" if isinstance(value, Contest) else value,
+)
 def test_every_provider_computes_the_same(on_the_processor, contest, precision):
     with gpu_checks.tf32(precision == "tf32"):
         rows = gpu_bench.measure(Bout(contest, "A", precision), step_inputs(TINY), 60.0, RATES)
@@ -185,15 +193,32 @@ def test_the_backend_of_a_provider_is_the_one_that_runs(on_the_processor, monkey
     monkeypatch.setattr(
         _cuda, "_launch", lambda name, *fields: launched.append(name) or launch(name, *fields)
     )
-    contest = next(contest for contest in CONTESTS if contest.op == "orthogonality")
     monkeypatch.setattr(
         gpu_bench, "providers", lambda contest: [p for p in PROVIDERS if p.backend == "triton"]
     )
-    gpu_bench.measure(Bout(contest, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
+    gpu_bench.measure(Bout(ORTHOGONALITY, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
     assert not launched
     monkeypatch.setattr(gpu_bench, "providers", lambda contest: [p for p in PROVIDERS if p.backend == "cuda"])
-    gpu_bench.measure(Bout(contest, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
+    gpu_bench.measure(Bout(ORTHOGONALITY, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
     assert set(launched) == {"unit_rows", "orthogonality", "finish"}
+
+
+def test_a_block_starts_from_the_same_state_on_the_backend_of_its_provider(monkeypatch):
+    start, seen = step_inputs(TINY), []
+    s = start.to("cpu")
+
+    def call():
+        seen.append((s.visual[0, 0].item(), backend._selected))
+        s.visual.zero_()
+
+    monkeypatch.setattr(gpu_bench, "block_ms", lambda call, calls: [call() for _ in range(calls)])
+    monkeypatch.setattr(gpu_bench, "launches", lambda calls: [run() for run in calls.values()] and {})
+    block = gpu_bench._block(call, s, "triton", 2, start)
+    block()
+    block()
+    gpu_bench._launches({"cuda": (call, s, "cuda", 2)}, start)
+    first = start.visual[0, 0].item()
+    assert seen == [(first, "triton"), (0.0, "triton")] * 2 + [(first, "cuda")]
 
 
 def breaks(error):
@@ -211,8 +236,7 @@ def breaks(error):
     ],
 )
 def test_a_provider_that_fails_is_a_row_that_says_so(on_the_processor, monkeypatch, error, status, defect):
-    contest = next(contest for contest in CONTESTS if contest.op == "orthogonality")
-    broken = contests.Contest("orthogonality", contest.run, (breaks(error),), contest.naive, contest.smart)
+    broken = replace(ORTHOGONALITY, ours=(breaks(error),))
     rows = gpu_bench.measure(Bout(broken, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
     assert {row["status"] for row in rows if row["provider"] in gpu_table.OURS} == {status}
     assert {row["status"] for row in rows if row["provider"] not in gpu_table.OURS} == {"ok"}
@@ -220,8 +244,8 @@ def test_a_provider_that_fails_is_a_row_that_says_so(on_the_processor, monkeypat
 
 
 def test_a_wrong_result_is_not_timed_and_is_a_defect(on_the_processor):
-    contest = next(contest for contest in CONTESTS if contest.op == "orthogonality")
-    wrong = contests.Contest("orthogonality", contest.run, (lambda p: contest.ours[0](p) * 2,), contest.naive)
+    (value_of,) = ORTHOGONALITY.ours
+    wrong = replace(ORTHOGONALITY, ours=(lambda prototypes: 2 * value_of(prototypes),))
     rows = gpu_bench.measure(Bout(wrong, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
     ours = [row for row in rows if row["provider"] in gpu_table.OURS]
     assert all(row["status"].startswith("wrong: result 0") and "p50" not in row for row in ours)
@@ -236,7 +260,7 @@ def test_what_time_does_not_suffice_for_is_a_row(on_the_processor):
 
 def test_times_stand_without_a_profiler(on_the_processor, monkeypatch):
     monkeypatch.setattr(gpu_bench, "launches", breaks(RuntimeError("no CUPTI")))
-    rows = gpu_bench.measure(Bout(CONTESTS[0], "A", "ieee"), step_inputs(TINY), 60.0, RATES)
+    rows = gpu_bench.measure(Bout(ORTHOGONALITY, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
     assert all("p50" in row and "launches" not in row for row in rows)
 
 
@@ -249,13 +273,14 @@ def test_accuracy_is_told_next_to_that_of_autocast(on_the_processor):
         assert 0 < gpu_bench.gradient_error(start, "cuda", loss_on) < 2e-5
 
 
-def test_all_bouts_share_the_time(on_the_processor, monkeypatch):
+def test_all_bouts_share_the_time_each_at_its_precision(on_the_processor, monkeypatch):
+    def measure(bout, start, seconds, machine):
+        given.append(seconds)
+        assert torch.backends.cuda.matmul.allow_tf32 == (bout.precision == "tf32")
+        return [{"provider": ""}]
+
     given = []
-    monkeypatch.setattr(
-        gpu_bench,
-        "measure",
-        lambda bout, start, seconds, machine: given.append(seconds) or [{"provider": ""}],
-    )
+    monkeypatch.setattr(gpu_bench, "measure", measure)
     monkeypatch.setattr(gpu_bench, "add_accuracy", lambda rows, bout, start: None)
     monkeypatch.setattr(gpu_bench, "inputs", lambda shape: step_inputs(TINY))
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
@@ -269,6 +294,17 @@ def test_all_bouts_share_the_time(on_the_processor, monkeypatch):
     assert given[-1] == 100
 
 
+def test_a_fault_outside_of_a_provider_is_a_row_of_each(on_the_processor, monkeypatch):
+    monkeypatch.setattr(gpu_bench, "inputs", lambda shape: step_inputs(TINY))
+    monkeypatch.setattr(gpu_bench.gc, "collect", lambda: 0)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    monkeypatch.setattr(gpu_bench, "measure", breaks(RuntimeError("CUDA error")))
+    rows = list(gpu_bench.all_bouts({"A": TINY}, 1.0, "cpu", RATES))
+    assert {row["status"] for row in rows} == {"failed: RuntimeError: CUDA error"}
+    assert {row["op"] for row in rows} == {contest.op for contest in CONTESTS}
+    assert sum(map(gpu_table.defective, rows)) == len(CONTESTS) * len(gpu_table.OURS)
+
+
 # Checks
 
 
@@ -276,6 +312,12 @@ def test_every_op_has_the_same_bits_twice(on_the_processor, monkeypatch, capsys)
     monkeypatch.setattr(gpu_checks, "cases", lambda largest: [(gpu_checks.SHAPES[0], torch.float16, False)])
     assert gpu_checks.main("twice", device="cpu") == 0
     assert capsys.readouterr().out.strip() == "twice: 0 differences"
+
+
+def test_checks_call_every_op_in_both_loss_modes():
+    names = gpu_checks.calls(gpu_checks.SHAPES[0], torch.float32, "cpu").keys()
+    assert {name.partition(",")[0] for name in names} == {*backend.OPS, *backend.COMPOSED}
+    assert {f"{op}, {mode}" for op in ("dual_cross_entropy", "head_loss") for mode in LOSS_ON} < names
 
 
 def test_checks_launch_every_kernel(on_the_processor, monkeypatch, capsys):
@@ -454,22 +496,20 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
     assert gpu.run("sanitize") == "skipped: SANITIZER=skip"
 
 
-def test_a_stage_fails_with_its_first_command_that_fails(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("codes", "ended"),
+    [([0, 0], "passed"), ([0, 99], "failed: exit status 99 of second"), ([1, 0], "failed")],
+)
+def test_a_stage_fails_with_its_first_command_that_fails(monkeypatch, codes, ended):
+    commands = dict(zip(("first", "second"), codes, strict=True))
     monkeypatch.setattr(gpu, "missing", lambda stage: [])
-    for codes, ended in (([0, 0, 0], "passed"), ([0, 99, 0], "failed: exit status 99 of compute-sanitizer")):
-        left = iter(codes)
-        monkeypatch.setattr(
-            gpu, "commands",
-            lambda stage, seconds, left=left: [
-                [gpu.sys.executable, "-c", f"raise SystemExit({code})", ] if not code else ["compute-sanitizer"]
-                for code in left
-            ],
-        )  # fmt: skip
-        monkeypatch.setattr(
-            gpu.subprocess, "run",
-            lambda command, **options: type("Done", (), {"returncode": 99 * (command == ["compute-sanitizer"])}),
-        )  # fmt: skip
-        assert gpu.run("determinism").startswith(ended)
+    monkeypatch.setattr(gpu, "commands", lambda stage, left: [[name] for name in commands])
+    monkeypatch.setattr(
+        gpu.subprocess,
+        "run",
+        lambda command, **options: SimpleNamespace(returncode=commands[command[0]]),
+    )
+    assert gpu.run("determinism").startswith(ended)
 
 
 def test_commands():
