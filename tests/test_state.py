@@ -5,6 +5,7 @@ import pytest
 import torch
 from tolerances import assert_no_worse, assert_same_bits, compiled, seeded, unchanged
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ulfine_fast import PrototypeState, PseudoLabels, proto_fit, pseudo_label, use_backend
 from ulfine_fast.ops import orthogonality
@@ -515,6 +516,29 @@ def test_a_zero_prototype_stays_zero_and_a_small_one_becomes_unit(kernel) -> Non
     )
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
     assert not got[1].any() and got[2].norm().item() == pytest.approx(1.0)
+
+
+class NoOperators(TorchDispatchMode):
+    """Raises at an operator of torch that starts a kernel."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.name()
+        assert operator.is_view or name.startswith(("aten::empty", "ulfine::")), name
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("choice", "launches"),
+    [("compounding", 2), ("normalized", 2), ("still", 1), ("still and normalized", 2), ("posterior", 4)],
+)
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_advance_starts_few_kernels(kernel, choice, launches, emulated_kernels) -> None:
+    state, arguments = moving(40, 70, 9, 33)
+    arguments["copies"] = marked(70)
+    before = emulated_kernels.launches()
+    with use_backend(kernel), NoOperators():
+        state.advance(**(ADVANCE | arguments | CHOICES[choice]))
+    assert emulated_kernels.launches() - before == launches
 
 
 @pytest.mark.parametrize("posterior", [False, True])
