@@ -608,10 +608,12 @@ def test_advance_takes_tensors_of_any_layout(kernel) -> None:
     )
 
 
-def test_advance_tells_a_graph_that_its_state_has_changed() -> None:
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_advance_tells_a_graph_that_its_state_has_changed(backend) -> None:
     state, arguments = moving(7, 9, 5, 6)
     version = state.textual._version
-    state.advance(**ADVANCE, **arguments)
+    with use_backend(backend):
+        state.advance(**ADVANCE, **arguments)
     assert state.textual._version > version
 
 
@@ -625,6 +627,7 @@ def test_advance_tells_a_graph_that_its_state_has_changed() -> None:
         ({"copies": torch.zeros(9)}, r"advance: copies must be bool, got float32"),
         ({"labelled_counts": torch.zeros(5)}, r"advance: labelled_counts must be int64, got float32"),
         ({"finite": TRUE.to("meta")}, r"advance: finite must be on cpu like the rest, got meta"),
+        ({"strength": 0.0}, r"advance: strength must be a finite number above 0, got 0"),
         ({"gamma": 1.5}, r"advance: gamma must be in \[0, 1\], got 1.5"),
     ],
 )

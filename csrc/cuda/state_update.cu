@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kBlock) pull_kernel(StateUpdate a) {
       sum_over<kBlock, double>(a.fit.c, [=](int64_t k) { return static_cast<double>(a.posterior.along[k]); });
   const double labelled =
       sum_over<kBlock, double>(a.fit.c, [=](int64_t k) { return static_cast<double>(labelled_rows(a, k)); });
-  const float pull = a.posterior.strength * static_cast<float>(along / (labelled > 1.0 ? labelled : 1.0));
+  // Without a labelled example it is NaN.
+  const float pull = a.posterior.strength * static_cast<float>(along / labelled);
   if (threadIdx.x == 0) *a.posterior.pull = *a.finite && is_finite(pull) ? pull : 0.0f;
 }
 
