@@ -5,6 +5,7 @@ import pytest
 import torch
 from tolerances import assert_no_worse, assert_same_bits, compiled, seeded, unchanged
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ulfine_fast import PrototypeState, PseudoLabels, proto_fit, pseudo_label, use_backend
 from ulfine_fast.ops import orthogonality
@@ -517,6 +518,29 @@ def test_a_zero_prototype_stays_zero_and_a_small_one_becomes_unit(kernel) -> Non
     assert not got[1].any() and got[2].norm().item() == pytest.approx(1.0)
 
 
+class NoOperators(TorchDispatchMode):
+    """Raises at an operator of torch that starts a kernel."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.name()
+        assert operator.is_view or name.startswith(("aten::empty", "ulfine::")), name
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("choice", "launches"),
+    [("compounding", 2), ("normalized", 2), ("still", 1), ("still and normalized", 2), ("posterior", 4)],
+)
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_advance_starts_few_kernels(kernel, choice, launches, emulated_kernels) -> None:
+    state, arguments = moving(40, 70, 9, 33)
+    arguments["copies"] = marked(70)
+    before = emulated_kernels.launches()
+    with use_backend(kernel), NoOperators():
+        state.advance(**(ADVANCE | arguments | CHOICES[choice]))
+    assert emulated_kernels.launches() - before == launches
+
+
 @pytest.mark.parametrize("posterior", [False, True])
 @pytest.mark.parametrize("kernel", ["cuda"])
 def test_advance_has_the_same_bits_in_every_run(kernel, posterior) -> None:
@@ -584,10 +608,12 @@ def test_advance_takes_tensors_of_any_layout(kernel) -> None:
     )
 
 
-def test_advance_tells_a_graph_that_its_state_has_changed() -> None:
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_advance_tells_a_graph_that_its_state_has_changed(backend) -> None:
     state, arguments = moving(7, 9, 5, 6)
     version = state.textual._version
-    state.advance(**ADVANCE, **arguments)
+    with use_backend(backend):
+        state.advance(**ADVANCE, **arguments)
     assert state.textual._version > version
 
 
@@ -601,6 +627,7 @@ def test_advance_tells_a_graph_that_its_state_has_changed() -> None:
         ({"copies": torch.zeros(9)}, r"advance: copies must be bool, got float32"),
         ({"labelled_counts": torch.zeros(5)}, r"advance: labelled_counts must be int64, got float32"),
         ({"finite": TRUE.to("meta")}, r"advance: finite must be on cpu like the rest, got meta"),
+        ({"strength": 0.0}, r"advance: strength must be a finite number above 0, got 0"),
         ({"gamma": 1.5}, r"advance: gamma must be in \[0, 1\], got 1.5"),
     ],
 )

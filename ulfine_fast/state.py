@@ -246,6 +246,7 @@ class PrototypeState(nn.Module):
         )  # fmt: skip
         for name, share in (("mu", mu), ("beta", beta), ("gamma", gamma), ("scale_decay", scale_decay)):
             _checks.between(op, name, share, 0.0, 1.0)
+        _checks.positive(op, "strength", strength)
         learns = mu > 0 or posterior
         if not learns:
             features, targets = features[:0], targets[:0]

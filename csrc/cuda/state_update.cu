@@ -119,17 +119,17 @@ __global__ void __launch_bounds__(kBlock) classes_kernel(StateUpdate a) {
 
 // The factor on the text, strength times the length of the text along the class means; 0 changes nothing.
 __global__ void __launch_bounds__(kBlock) pull_kernel(StateUpdate a) {
-  if (!*a.finite) return;
   const double along =
       sum_over<kBlock, double>(a.fit.c, [=](int64_t k) { return static_cast<double>(a.posterior.along[k]); });
   const double labelled =
       sum_over<kBlock, double>(a.fit.c, [=](int64_t k) { return static_cast<double>(labelled_rows(a, k)); });
-  const float pull = a.posterior.strength * static_cast<float>(along / (labelled > 1.0 ? labelled : 1.0));
-  if (threadIdx.x == 0) *a.posterior.pull = is_finite(pull) ? pull : 0.0f;
+  // Without a labelled example it is NaN.
+  const float pull = a.posterior.strength * static_cast<float>(along / labelled);
+  if (threadIdx.x == 0) *a.posterior.pull = *a.finite && is_finite(pull) ? pull : 0.0f;
 }
 
 __global__ void __launch_bounds__(kBlock) posterior_kernel(StateUpdate a) {
-  if (!*a.finite || *a.posterior.pull == 0.0f) return;
+  if (*a.posterior.pull == 0.0f) return;
   const int64_t k = blockIdx.x, d = a.fit.d;
   const Evidence evidence = evidence_of(a, k);
   float* t = a.fit.textual + k * d;

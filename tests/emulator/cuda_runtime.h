@@ -64,6 +64,7 @@ struct Block {
 inline Block block;
 inline std::mt19937 order;
 inline const char* failure = "";
+inline int launches = 0;
 
 __attribute__((noinline)) inline void wait(Waits what) {
   Fibre& own = block.fibres[threadIdx.x];
@@ -151,6 +152,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return emulator::failure; }
 template <class A>
 cudaError_t cudaLaunchKernel(void (*kernel)(A), dim3 blocks, dim3 threads, void** arguments, size_t,
                              cudaStream_t) {
+  ++emulator::launches;
   using Call = std::tuple<void (*)(A), A>;
   const Call call{kernel, *static_cast<A*>(arguments[0])};
   emulator::block.run = [](const void* c) {
