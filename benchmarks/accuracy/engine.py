@@ -34,6 +34,8 @@ class Recipe(Method):
     thresholds: str = "fixed"  # "class": FreeMatch's self-adaptive ones
     soft: bool = False  # the target is the whole distribution
     ramp: float = 0.0  # share of the steps over which the unlabelled weight grows
+    warm_up: float = 0.0  # share of the steps before the first unlabelled loss
+    weak_view: str = "one"  # of a row, drawn anew at every step; "mean": of all its weak views
     oracle: bool = False  # true labels of the kept rows: a bound, not a method
     semantic: bool = False  # DASO: blend with a similarity classifier by the class's share of pseudo-labels
     smooth_rejected: float = 0.0  # LoFT: weight of the soft loss on rejected rows
@@ -46,9 +48,10 @@ class Recipe(Method):
     confidence: str = "share"  # alpha of "compounding": mu * P_u / max P_u; "constant": mu
     exact_means: bool = False  # "posterior" over the means of all labelled rows, not over running ones
     # Alignment and fusion
-    alignment: str = "global"  # "none"
+    alignment: str = "global"  # "row": the ratio of every row; "none"
     fusion: str = "fixed"  # "class": less of the linear branch where fewer labelled; "entropy": by certainty
     predict_eta: float | None = None  # of the prediction, None: eta
+    orthogonality: str = "off_diagonal"  # "frobenius": squared distance of the Gram matrix from I, over C
     start: str = "text"  # "posterior": both branches start from the posterior means of the labelled rows
 
 
@@ -132,7 +135,11 @@ class Learner:
 
     def fuse(self, linear: Tensor, text: Tensor, eta: float | None = None) -> Tensor:
         w = self.weights(linear, text, self.recipe.eta if eta is None else eta)
-        return w * linear + (1.0 - w) * self.ratio() * text
+        ratio = self.ratio()
+        if self.recipe.alignment == "row":
+            spread = [z.detach().std(-1, correction=0, keepdim=True) for z in (linear, text)]
+            ratio = (spread[0] / spread[1].clamp_min(1e-9)).clamp(0.01, 100.0)
+        return w * linear + (1.0 - w) * ratio * text
 
     # One step
 
@@ -201,6 +208,8 @@ class Learner:
         loss = self.loss(batch.labelled, batch.targets, adjustment).mean()
         if unlabelled:
             weight = recipe.unlabelled_weight
+            if number < recipe.warm_up * self.schedule.steps:
+                weight = 0.0
             if recipe.ramp:
                 weight *= min(1.0, number / (recipe.ramp * self.schedule.steps))
             target = p if recipe.soft else label
@@ -212,9 +221,11 @@ class Learner:
         if recipe.orthogonality_weight:
             t, classes = unit(self.textual), len(self.text)
             gram = t @ t.T
-            loss = loss + recipe.orthogonality_weight * (
-                gram.square().sum() - gram.diagonal().square().sum()
-            ) / (classes * (classes - 1))
+            if recipe.orthogonality == "frobenius":
+                term = (gram - torch.eye(classes)).square().sum() / classes
+            else:
+                term = (gram.square().sum() - gram.diagonal().square().sum()) / (classes * (classes - 1))
+            loss = loss + recipe.orthogonality_weight * term
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -324,6 +335,8 @@ def train(data: FeatureData, recipe: Recipe, schedule: Schedule) -> Fitted:
     if recipe.eta_folds:
         losses = held_out_losses(data, recipe, schedule)
         recipe = replace(recipe, eta=min(losses, key=losses.get))
+    if recipe.weak_view == "mean":
+        data = replace(data, weak=unit(data.weak.mean(0, keepdim=True)).expand_as(data.weak))
     learner = Learner(data, recipe, schedule)
     optimizer = optimizer_of(learner)
     batches = Batches(data, recipe, schedule, torch.device("cpu"))
