@@ -18,6 +18,7 @@ from torch import Tensor
 from ulfine_fast import use_backend
 from ulfine_fast.head_loss import head_loss
 from ulfine_fast.ops import dual_cross_entropy, orthogonality, proto_fit, proto_logits, pseudo_label
+from ulfine_fast.state import PrototypeState
 
 BACKENDS = ("triton", "cuda")
 # (labelled, unlabelled, classes, dims): either Gram matrix, more than one tile and a last one that is not full.
@@ -73,7 +74,20 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, 
         )  # fmt: skip
         return [loss.detach(), *torch.autograd.grad(loss, leaves), *labels]
 
+    def advance(posterior: bool) -> list[Tensor]:
+        after = PrototypeState(t.float())
+        labels = pseudo_label(weak, w, t, limits, scale_rows=8)
+        counts = torch.full((c,), 3, device=device)
+        after.advance(
+            x[:b], y, weak, labels, counts, torch.ones((), dtype=torch.bool, device=device),
+            copies=rows[:u] % 5 == 0, mu=0.1, beta=0.9, gamma=0.9, scale_decay=0.9, posterior=posterior,
+            normalize=not posterior,
+        )  # fmt: skip
+        return list(after.state_dict().values())
+
     return {
+        "advance, compounding": lambda: advance(False),
+        "advance, posterior": lambda: advance(True),
         "proto_logits": lambda: with_gradients(proto_logits, x, t),
         "pseudo_label": lambda: list(pseudo_label(weak, w, t, limits, adjustment=shift, temperature=2.0)),
         "pseudo_label, one threshold": lambda: list(pseudo_label(weak, w, t, 0.3, normalize_linear=False)),

@@ -417,11 +417,10 @@ def _print_info(record: dict[str, Any]) -> None:
     console.print(f"ulfine-fast {record['version']} ({versions})")
     console.print(f"CPU threads: {record['threads']}; CUDA device: {record['cuda_device'] or 'none'}")
     table = Table(box=None, pad_edge=False)
-    for column in ("back end", "runs here", "ops", "note"):
+    for column in ("back end", "runs here", "note"):
         table.add_column(column, overflow="fold")
     for name, state in record["backends"].items():
-        ops = "all" if len(state["ops"]) > 4 else ", ".join(state["ops"])
-        table.add_row(name, "yes" if state["available"] else "no", ops, state["reason"])
+        table.add_row(name, "yes" if state["available"] else "no", state["reason"])
     console.print(table)
     console.print(
         f"Feature cache: {record['cache']['folder']}, {record['cache']['bytes'] / 1e6:.1f} MB", soft_wrap=True
