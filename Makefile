@@ -4,11 +4,11 @@ SHELL := bash
 .ONESHELL:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean FORCE
+.PHONY: help demo test bench gpu lint format clean FORCE
 
 READY := .venv/ready
 BIN := .venv/bin
-C_FILES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+C_FILES := $(shell find csrc kernels tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Idle OpenMP threads sleep: spinning ones would take the cores from the others.
 export OMP_WAIT_POLICY := passive
 ifdef CI
@@ -25,13 +25,19 @@ demo: $(READY)  ## Train on the built-in data and write a report
 	$(BIN)/ulfine-fast demo $(ARGS)
 
 test: $(READY)  ## Run every test
-	$(BIN)/pytest -q $(ARGS)
+	$(BIN)/pytest -q --numprocesses auto --dist loadfile $(ARGS)
 
 bench: $(READY)  ## Time every op and the head step against their rivals (7 minutes)
 	export ULFINE_BENCHMARK_JSON="$${ULFINE_BENCHMARK_JSON:-bench.json}"
 	# The default policy of OpenMP: with sleeping workers two threads would measure how they wake up.
 	unset OMP_WAIT_POLICY
 	$(BIN)/pytest -q -W default benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+
+# With PYTHON=... that interpreter runs everything as it is: nothing is downloaded or installed.
+NVIDIA := $(wildcard /dev/nvidiactl /dev/dxg)
+gpu: $(if $(NVIDIA),$(if $(PYTHON),,$(READY)))  ## Build, test and time the GPU kernels (9 minutes; STAGE=... for one stage)
+	[ -n "$(NVIDIA)" ] || { echo "gpu: no NVIDIA GPU on this machine" >&2; exit 1; }
+	$(or $(PYTHON),$(BIN)/python) benchmarks/gpu.py $(STAGE)
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check --quiet .

@@ -4,8 +4,8 @@
 computed, every prototype updated.
 `smart` is the same function after the algebra that this library rests on, written by someone who knows it:
 branches folded into one matrix where that is exact, the smaller Gram matrix, branch scales from a sample of
-rows and, in eager mode, rejected rows dropped. Both are measured eager and compiled; both return what
-`fused_step` returns, and the benchmarks check that they agree before timing anything.
+rows and, in eager mode, rejected rows dropped. Both are measured eager and compiled; both compute what the
+library's step computes, and the benchmarks check that they agree before timing anything.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from ulfine_fast.head_loss import head_loss
 from ulfine_fast.ops import proto_fit_
 
 
-def fused_step(s: StepInputs, loss_on: str) -> Tensor:
-    """The step through this library. Gradients are in `.grad`, the state is updated in place."""
+def fused_loss(rows, weak, targets, linear, textual, adjustment, threshold: float, loss_on: str):
+    """Loss, pseudo-label histogram and branch scales of the step through this library."""
     loss, pseudo = head_loss(
-        s.rows,
-        s.weak,
-        s.targets,
-        s.linear,
-        s.textual,
-        s.threshold,
-        adjustment=s.adjustment,
+        rows,
+        weak,
+        targets,
+        linear,
+        textual,
+        threshold,
+        adjustment=adjustment,
         align=ALIGN,
         eta=ETA,
         linear_scale=SCALE,
@@ -47,20 +47,23 @@ def fused_step(s: StepInputs, loss_on: str) -> Tensor:
         loss_on=loss_on,
         orthogonality_weight=ORTHOGONALITY_WEIGHT,
     )
-    loss.backward()
+    return loss, pseudo.histogram, pseudo.branch_scale
+
+
+def fused_update(rows, targets, histogram, textual, visual, seen, distribution) -> None:
+    """Estimators of the step through this library, in place."""
     proto_fit_(
-        s.rows.detach()[: s.labelled],
-        s.targets,
-        pseudo.histogram,
-        s.textual,
-        s.visual,
-        s.seen,
-        s.distribution,
+        rows[: len(targets)],
+        targets,
+        histogram,
+        textual,
+        visual,
+        seen,
+        distribution,
         mu=MU,
         beta=BETA,
         gamma=GAMMA,
     )
-    return loss
 
 
 def naive_loss(rows, weak, targets, linear, textual, adjustment, threshold: float, loss_on: str):
@@ -171,10 +174,13 @@ def sparse_update(rows, targets, histogram, textual, visual, seen, distribution)
     textual.index_copy_(0, present, F.normalize(blend, dim=-1))
 
 
-def torch_step(loss_fn, update_fn):
-    """A whole step out of one family's loss and update, each eager or compiled."""
+def step(loss_fn, update_fn):
+    """A whole step out of one family's loss and update, each eager or compiled.
 
-    def step(s: StepInputs, loss_on: str) -> Tensor:
+    Gradients are in `.grad`, the state is updated in place.
+    """
+
+    def run(s: StepInputs, loss_on: str) -> Tensor:
         loss, histogram, _ = loss_fn(
             s.rows, s.weak, s.targets, s.linear, s.textual, s.adjustment, s.threshold, loss_on
         )
@@ -182,7 +188,7 @@ def torch_step(loss_fn, update_fn):
         update_fn(s.rows.detach(), s.targets, histogram, s.textual, s.visual, s.seen, s.distribution)
         return loss
 
-    return step
+    return run
 
 
 def smart_without_drop(*arguments):
@@ -198,13 +204,13 @@ def smart_with_drop(*arguments):
 def steps() -> dict[str, object]:
     """Every provider of the head step by name, the library's first."""
     return {
-        "fused": fused_step,
-        "naive eager": torch_step(naive_loss, update),
-        "naive compiled": torch_step(
+        "fused": step(fused_loss, fused_update),
+        "naive eager": step(naive_loss, update),
+        "naive compiled": step(
             torch.compile(naive_loss, fullgraph=True), torch.compile(update, fullgraph=True)
         ),
-        "smart eager": torch_step(smart_with_drop, sparse_update),
-        "smart compiled": torch_step(
+        "smart eager": step(smart_with_drop, sparse_update),
+        "smart compiled": step(
             torch.compile(smart_without_drop, fullgraph=True), torch.compile(update, fullgraph=True)
         ),
     }

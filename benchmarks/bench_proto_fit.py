@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from baselines import sparse_update, update
-from shapes import BETA, GAMMA, MU, SHAPES, step_inputs
-
-from ulfine_fast.ops import proto_fit_
-
-
-def fused(features, targets, histogram, textual, visual, seen, distribution):
-    proto_fit_(
-        features, targets, histogram, textual, visual, seen, distribution, mu=MU, beta=BETA, gamma=GAMMA
-    )
+from baselines import fused_update, sparse_update, update
+from shapes import SHAPES, step_inputs
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_proto_fit(compare, shape):
     torch.compiler.reset()
     functions = {
-        "fused": fused,
+        "fused": fused_update,
         "naive eager": update,
         "naive compiled": torch.compile(update, fullgraph=True),
         "smart eager": sparse_update,

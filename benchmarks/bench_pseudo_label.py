@@ -13,13 +13,14 @@ from ulfine_fast.ops import pseudo_label
 def _labels(z, threshold):
     top, label = z.max(-1)
     confidence = (top - z.logsumexp(-1)).exp()
-    histogram = torch.zeros(z.shape[1]).index_add_(0, label, torch.ones_like(confidence))
+    ones = torch.ones(len(z), device=z.device)
+    histogram = torch.zeros(z.shape[1], device=z.device).index_add_(0, label, ones)
     return label, confidence, confidence >= threshold, histogram
 
 
-def naive(weak, linear, textual, threshold):
+def naive(weak, linear, textual, threshold, scale=SCALE):
     x = F.normalize(weak, dim=-1)
-    zl, zt = (SCALE * F.linear(x, F.normalize(bank, dim=-1)) for bank in (linear, textual))
+    zl, zt = (scale * F.linear(x, F.normalize(bank, dim=-1)) for bank in (linear, textual))
     scales = torch.stack([z[:SCALE_ROWS].std(-1, correction=0).mean() for z in (zl, zt)])
     return *_labels(ETA * zl + (1 - ETA) * ALIGN * zt, threshold), scales
 

@@ -212,12 +212,7 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef ULFINE_WITH_CUDA
   m.attr("has_cuda") = true;
-  m.def("proto_logits_cuda", [](uintptr_t features, uintptr_t prototypes, uintptr_t logits, int64_t b,
-                                int64_t c, int64_t d, float scale, uintptr_t stream) {
-    const char* error = ulfine::cuda::proto_logits(at<const float>(features), at<const float>(prototypes),
-                                                   at<float>(logits), b, c, d, scale, at<void>(stream));
-    if (error != nullptr) throw std::runtime_error(std::string("proto_logits: CUDA launch failed: ") + error);
-  });
+  ulfine::cuda::bind(m);
 #else
   m.attr("has_cuda") = false;
 #endif

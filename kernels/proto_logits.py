@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_B, BLOCK_C, BLOCK_D = 32, 32, 32
+from ulfine_fast.kernels._rows import (
+    block_of,
+    inverse_norm,
+    load_tile,
+    product,
+    store_tile,
+    unit_rows,
+    unit_rows_backward,
+)
+from ulfine_fast.kernels._tiles import product_tile
 
 
 @triton.jit
@@ -22,69 +31,55 @@ def proto_logits_kernel(
     C,
     D,
     scale,
-    zero_norm_squared,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # 64-bit row numbers: B * D and B * C pass 2^31 elements.
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b, c = block_of(0, BLOCK_B), block_of(1, BLOCK_C)
     z = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     x_squared = tl.zeros((BLOCK_B,), tl.float32)
     p_squared = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        inside = d[None, :] < D
-        x = tl.load(x_ptr + b[:, None] * D + d[None, :], mask=(b[:, None] < B) & inside, other=0.0)
-        p = tl.load(p_ptr + c[:, None] * D + d[None, :], mask=(c[:, None] < C) & inside, other=0.0)
-        x = x.to(tl.float32)
-        p = p.to(tl.float32)
+        x = load_tile(x_ptr, b, d, B, D)
+        p = load_tile(p_ptr, c, d, C, D)
         z += tl.dot(x, tl.trans(p), input_precision=PRECISION)
         x_squared += tl.sum(x * x, axis=1)
         p_squared += tl.sum(p * p, axis=1)
-    # A row without direction gives logits of 0.
-    x_empty = x_squared <= zero_norm_squared
-    p_empty = p_squared <= zero_norm_squared
-    x_inverse = tl.where(x_empty, 0.0, 1.0 / tl.sqrt(tl.where(x_empty, 1.0, x_squared)))
-    p_inverse = tl.where(p_empty, 0.0, 1.0 / tl.sqrt(tl.where(p_empty, 1.0, p_squared)))
-    z = scale * ((z * x_inverse[:, None]) * p_inverse[None, :])
-    tl.store(
-        z_ptr + b[:, None] * C + c[None, :],
-        z,
-        mask=(b[:, None] < B) & (c[None, :] < C),
-    )
+    z = scale * ((z * inverse_norm(x_squared)[:, None]) * inverse_norm(p_squared)[None, :])
+    store_tile(z_ptr, b, c, B, C, z)
 
 
-def proto_logits_triton(
-    features: Tensor, prototypes: Tensor, scale: float, zero_norm_squared: float
-) -> Tensor:
-    """[B, C] in the dtype of `features`, of contiguous or strided [B, D] and [C, D] on one device.
-
-    A row whose squared norm is at most `zero_norm_squared` gives logits of 0.
-    """
+def proto_logits_triton(features: Tensor, prototypes: Tensor, scale: float) -> Tensor:
+    """[B, C] in the dtype of `features`, of [B, D] and [C, D] on one device."""
     x, p = features.contiguous(), prototypes.contiguous()
     (rows, dim), classes = x.shape, p.shape[0]
-    logits = x.new_empty(rows, classes, dtype=torch.float32)
+    # Rounded by torch at the end: to bfloat16 the interpreter of Triton truncates.
+    logits = torch.empty((rows, classes), dtype=torch.float32, device=x.device)
     if rows == 0:
         return logits.to(features.dtype)
-    grid = (triton.cdiv(rows, BLOCK_B), triton.cdiv(classes, BLOCK_C))
-    # torch's own switch decides whether float32 products may round their operands to TF32.
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    tile = product_tile()
+    grid = (triton.cdiv(rows, tile["BLOCK_B"]), triton.cdiv(classes, tile["BLOCK_C"]))
     with torch.cuda.device_of(x):
-        proto_logits_kernel[grid](
-            x,
-            p,
-            logits,
-            rows,
-            classes,
-            dim,
-            float(scale),
-            zero_norm_squared,
-            PRECISION=precision,
-            BLOCK_B=BLOCK_B,
-            BLOCK_C=BLOCK_C,
-            BLOCK_D=BLOCK_D,
-        )
+        proto_logits_kernel[grid](x, p, logits, rows, classes, dim, float(scale), **tile)
     return logits.to(features.dtype)
+
+
+def proto_logits_backward_triton(
+    grad: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    scale: float,
+    need_features: bool,
+    need_prototypes: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients [B, D] and [C, D] in the dtypes of `features` and `prototypes`; [0] where not needed."""
+    g, x, p = grad.float(), features.contiguous(), prototypes.contiguous()
+    d_x, d_p = (torch.empty(0, dtype=t.dtype, device=t.device) for t in (x, p))
+    with torch.cuda.device_of(x):
+        if need_features:
+            d_x = unit_rows_backward(product(g, unit_rows(p)), x, scale).to(x.dtype)
+        if need_prototypes:
+            d_p = unit_rows_backward(product(g.T, unit_rows(x)), p, scale).to(p.dtype)
+    return d_x, d_p

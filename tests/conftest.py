@@ -1,7 +1,8 @@
-"""What every test stands on: one thread, a fixed seed, both CPU back ends, and poisoned memory."""
+"""What every test stands on: one thread, a fixed seed, every back end that runs here, and poisoned memory."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -13,13 +14,17 @@ if not Path("/dev/nvidiactl").exists():
 # A graph that was compiled before an op changed would pass, or fail, for the op as it was then.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
+import emulator
+import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
+from ulfine_fast.backend import COMPOSED, OPS
 
 torch.set_num_threads(1)
 
@@ -30,15 +35,87 @@ settings.load_profile("ulfine")
 FENCE = 256
 
 
-@pytest.fixture(scope="module", params=["reference", "cpp"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Both back ends of the CPU. Without the extension the tests of cpp fail: it is not optional here."""
-    return request.param
+# Back ends whose kernels run on this machine. Without the extension the tests of cpp fail: it is not optional.
+KERNELS = ("cpp", "triton", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cpp", "cuda")
+# Triton's interpreter takes a hundred times as long, so it gets no shape with more products than this, and so
+# many examples of a property.
+EMULATED = ("triton",)
+LARGEST_PRODUCT, EXAMPLES = 300_000, 3
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes `kernel` on every kernel of its op; `backend` is those and the reference.
+
+    The op is what the test file is named after.
+    """
+    op = metafunc.module.__name__.rpartition("test_")[2]
+    if op not in (*OPS, *COMPOSED):
+        return
+    for name, choice in (("kernel", KERNELS), ("backend", ("reference", *KERNELS))):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, choice)
+
+
+def _kernels_of(item: pytest.Item) -> set[object]:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return {parameters.get("kernel"), parameters.get("backend")}
+
+
+def _emulated(item: pytest.Item) -> bool:
+    return bool(_kernels_of(item) & set(EMULATED))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the shapes that take an emulated kernel too long."""
+
+    def large(item: pytest.Item) -> bool:
+        sizes = [item.callspec.params.get(name, 1) for name in "bcd"]
+        return math.prod(sizes) > LARGEST_PRODUCT
+
+    left_out = [item for item in items if _emulated(item) and large(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not _emulated(request.node):
+        yield
+        return
+    # hypothesis keeps one setting per function, whatever it is parametrised with. To shrink takes minutes here.
+    if hasattr(request.function, "hypothesis"):
+        few = settings(settings.default, max_examples=EXAMPLES, phases=(Phase.explicit, Phase.generate))
+        monkeypatch.setattr(request.function, "_hypothesis_internal_use_settings", few)
+    # The interpreter computes in numpy, which warns of what a GPU does in silence.
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(request: pytest.FixtureRequest) -> ModuleType:
+    """The CUDA launchers in the emulator; built again when a source of theirs has changed."""
+    return emulator.load(request.config.cache.mkdir("emulator"))
+
+
+@pytest.fixture(autouse=True)
+def _emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "cuda" in _kernels_of(request.node):
+        monkeypatch.setattr(_cuda, "kernels", request.getfixturevalue("emulated_kernels"))
+        # MKL stands in for cuBLAS here, and unlike it rounds differently with another number of threads.
+        monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Products of float32 may round to TF32 on a GPU; where there is none, only the tiles change."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

@@ -101,19 +101,21 @@ def test_is_the_composition_of_the_public_ops(backend, loss_on, views):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     for got, wanted in zip(gradients(ours), gradients(parts), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+    # Cuda fuses logits here that it computes for the loss anyway, and banks where it has pseudo-labels alone.
+    same = torch.testing.assert_close if backend == "cuda" else assert_same_bits
     for got, wanted in zip(pseudo, labels, strict=True):
-        assert_same_bits(got, wanted)
+        same(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1, 1), (32, 130, 1, 100, 65), (9, 0, 0, 2, 3), (300, 40, 2, 37, 19)]
 )
-def test_no_less_accurate_than_eager(shape, dtype):
+def test_no_less_accurate_than_eager(kernel, shape, dtype):
     s = step(*shape)
     results = {}
     for name, wide, backend in (
-        ("got", dtype, "cpp"), ("eager", dtype, "reference"), ("exact", torch.float64, "reference")
+        ("got", dtype, kernel), ("eager", dtype, "reference"), ("exact", torch.float64, "reference")
     ):  # fmt: skip
         narrow = s.leaves(dtype)
         leaves = {k: v.detach().to(wide if v.is_floating_point() else v.dtype) for k, v in narrow.items()}
@@ -163,11 +165,13 @@ def test_a_second_backward_gives_the_same_gradients(backend):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiles_without_a_graph_break(compiler):
+def test_compiles_without_a_graph_break(kernel, compiler):
     s = step()
 
     def function(features, linear, prototypes, weak, targets):
-        loss, pseudo = head_loss(features * 2, weak, targets, linear, prototypes, THRESHOLD, **OPTIONS)
+        loss, pseudo = head_loss(
+            features * 2, weak, targets, linear, prototypes, THRESHOLD, backend=kernel, **OPTIONS
+        )
         return loss * 1.5, pseudo.label
 
     plain, fast = s.leaves(), s.leaves()
@@ -181,11 +185,11 @@ def test_compiles_without_a_graph_break(compiler):
         torch.testing.assert_close(one, other)
 
 
-def test_opcheck():
+def test_opcheck(kernel):
     s = step()
     arguments = (
         s.features, s.weak, s.targets, s.linear, s.prototypes, torch.tensor([0.3]),
-        torch.tensor(0.9), torch.zeros(11), torch.zeros(11), None, 0.5, 25.0, 25.0, 1.0, True, 20, True, 1.0, 1.0, True, True, True,
+        torch.tensor(0.9), torch.zeros(11), torch.zeros(11), None, 0.5, 25.0, 25.0, 1.0, True, 20, True, 1.0, 1.0, True, True, True, kernel,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.ulfine._head_loss.default, arguments)
 
@@ -200,13 +204,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, (s["features"], s["linear"]))
 
 
-def test_same_bits_for_every_thread_count_and_arguments_unchanged(poisoned):
+def test_same_bits_for_every_thread_count_and_arguments_unchanged(poisoned, kernel):
     s = step(40, 300, 1, 67, 131)
 
     def run():
         leaves = s.leaves()
         with unchanged(*leaves.values()):
-            loss, pseudo = head_loss(**leaves, threshold=THRESHOLD, backend="cpp", **OPTIONS)
+            loss, pseudo = head_loss(**leaves, threshold=THRESHOLD, backend=kernel, **OPTIONS)
             loss.backward()
         return [loss.detach(), *gradients(leaves), *pseudo]
 

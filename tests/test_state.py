@@ -1,9 +1,13 @@
+import copy
+import math
+
 import pytest
 import torch
-from tolerances import assert_same_bits, seeded, unchanged
+from tolerances import assert_no_worse, assert_same_bits, compiled, seeded, unchanged
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ulfine_fast import PrototypeState, PseudoLabels, proto_fit, pseudo_label
+from ulfine_fast import PrototypeState, PseudoLabels, proto_fit, pseudo_label, use_backend
 from ulfine_fast.ops import orthogonality
 
 RATES = {"mu": 0.3, "beta": 0.7, "gamma": 0.8, "scale_decay": 0.9}
@@ -318,3 +322,316 @@ def test_refit_without_evidence_keeps_the_prototypes_and_every_argument() -> Non
     with unchanged(weak, *pseudo):
         refitted(state, weak, with_counts(pseudo, keep=torch.zeros(44, dtype=torch.bool)))
     assert_same_bits(state.textual, state.text)
+
+
+# The whole update at once
+
+ADVANCE = {"mu": 0.3, "beta": 0.7, "gamma": 0.8, "scale_decay": 0.9, "strength": 3.0, "unlabelled_mass": 0.5}
+TRUE, FALSE = torch.tensor(True), torch.tensor(False)
+# Labelled rows, weak rows, classes, dimensions; the large ones pass the 256 threads of a block.
+SIZES = [(1, 1, 1, 1), (0, 9, 4, 3), (7, 0, 5, 6), (40, 70, 9, 33), (30, 300, 260, 5), (300, 40, 6, 270)]
+CHOICES = {
+    "compounding": {},
+    "normalized": {"normalize": True},
+    "still": {"mu": 0.0},
+    "still and normalized": {"mu": 0.0, "normalize": True},
+    "posterior": {"posterior": True},
+    "posterior and normalized": {"posterior": True, "normalize": True},
+}
+
+
+def moving(b: int, u: int, c: int, d: int) -> tuple[PrototypeState, dict[str, object]]:
+    """A state in mid-training whose rows have any norm, and the arguments of a step."""
+    generator = seeded(b, u, c, d)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    def counts(most: int) -> torch.Tensor:
+        return torch.randint(most, (c,), generator=generator)
+
+    state = PrototypeState(normal(c, d))
+    seen = torch.arange(c) % 3 != 1
+    with torch.no_grad():
+        state.textual.copy_(state.text + 0.4 * normal(c, d)).mul_(torch.linspace(0.5, 2, c)[:, None])
+        state.visual.copy_((0.8 * state.text + 0.2 * normal(c, d)) * seen[:, None])
+        state.seen.copy_(seen)
+        for share in (state.distribution, state.kept_distribution):
+            share.copy_(torch.rand(c, generator=generator) / c)
+        state.kept_sum.copy_(normal(c, d))
+        state.kept_count.copy_(counts(5))
+        state.measure(torch.tensor([6.0, 4.0]), 0.9)
+    targets = torch.randint(-1, c, (b,), generator=generator)
+    targets[targets % 4 == 2] = 0
+    label = torch.randint(-1, c, (u,), generator=generator)
+    keep = (label >= 0) & (torch.rand(u, generator=generator) < 0.6)
+    pseudo = PseudoLabels(
+        label,
+        torch.rand(u, generator=generator),
+        keep,
+        torch.bincount(label[label >= 0], minlength=c),
+        torch.bincount(label[keep], minlength=c),
+        torch.tensor([5.0, 7.0]),
+    )
+    rows = normal(b, d) + state.text[targets.clamp_min(0)]
+    return state, {
+        "features": rows * torch.logspace(-1, 1, b)[:, None],
+        "targets": targets,
+        "weak": 3 * normal(u, d),
+        "pseudo": pseudo,
+        "labelled_counts": counts(50),
+        "finite": TRUE,
+    }
+
+
+def marked(u: int) -> torch.Tensor:
+    return torch.arange(u) % 3 == 0
+
+
+def advanced(state: PrototypeState, backend: str, arguments: dict, **changes: object) -> PrototypeState:
+    state = copy.deepcopy(state)
+    with use_backend(backend):
+        state.advance(**(ADVANCE | arguments | changes))
+    return state
+
+
+def widened(arguments: dict) -> dict:
+    pseudo = arguments["pseudo"]
+    return arguments | {
+        "features": arguments["features"].double(),
+        "weak": arguments["weak"].double(),
+        "pseudo": pseudo._replace(branch_scale=pseudo.branch_scale.double()),
+    }
+
+
+def assert_same_state(got: PrototypeState, expected: PrototypeState) -> None:
+    for name, value in expected.state_dict().items():
+        assert_same_bits(got.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["all count", "copies"])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_advance_is_no_less_accurate_than_eager(kernel, sizes, choice, copies) -> None:
+    state, arguments = moving(*sizes)
+    changes = CHOICES[choice] | {"copies": marked(sizes[1]) if copies else None}
+    got, eager = (advanced(state, name, arguments, **changes) for name in (kernel, "reference"))
+    exact = advanced(state.double(), "reference", widened(arguments), **changes)
+    for name, value in exact.state_dict().items():
+        one, other = got.state_dict()[name], eager.state_dict()[name]
+        if value.is_floating_point():
+            assert_no_worse(one, other, value)
+        else:
+            assert torch.equal(one, value), name
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("backend", ["reference", "cpp", "cuda"])
+def test_advance_composes_what_it_says(backend, choice) -> None:
+    state, arguments = moving(40, 70, 9, 33)
+    got = advanced(state, backend, arguments, **CHOICES[choice])
+    options = ADVANCE | CHOICES[choice]
+    posterior = options.pop("posterior", False)
+    if options.pop("normalize", False):
+        state.normalize(TRUE)
+    rates = {name: options[name] for name in RATES}
+    learns = rates["mu"] > 0 or posterior
+    targets = arguments["targets"] if learns else torch.full((40,), -1)
+    rates["mu"] *= not posterior
+    with use_backend("reference"):
+        state.update(arguments["features"], targets, arguments["pseudo"], **rates)
+        if posterior:
+            refit = {name: options[name] for name in ("strength", "unlabelled_mass", "gamma")}
+            state.refit(arguments["weak"], arguments["pseudo"], arguments["labelled_counts"], **refit)
+    for name, value in state.state_dict().items():
+        torch.testing.assert_close(got.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_a_step_that_is_not_finite_leaves_every_bit(backend, choice) -> None:
+    state, arguments = moving(40, 70, 9, 33)
+    for measured in (True, False):
+        state.measured.fill_(measured)
+        pseudo = arguments["pseudo"]._replace(branch_scale=torch.tensor([math.nan, 2.0]))
+        changes = CHOICES[choice] | {"finite": FALSE, "copies": marked(70), "pseudo": pseudo}
+        assert_same_state(advanced(state, backend, arguments, **changes), state)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_the_first_scales_of_advance_are_those_measured(backend) -> None:
+    state, arguments = moving(7, 9, 5, 6)
+    state.measured.fill_(False)
+    assert advanced(state, backend, arguments).branch_scale.tolist() == [5.0, 7.0]
+    none = arguments["pseudo"]._replace(branch_scale=torch.zeros(2))
+    still = advanced(state, backend, arguments, pseudo=none)
+    assert not still.measured
+    assert_same_bits(still.branch_scale, state.branch_scale)
+    one = arguments["pseudo"]._replace(branch_scale=torch.tensor([0.0, 2.0]))
+    assert advanced(state, backend, arguments, pseudo=one).measured
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_advance_without_a_count_leaves_both_distributions(backend) -> None:
+    state, arguments = moving(7, 9, 5, 6)
+    nothing = torch.zeros(5, dtype=torch.int64)
+    pseudo = arguments["pseudo"]._replace(histogram=nothing, kept_histogram=nothing)
+    got = advanced(state, backend, arguments, pseudo=pseudo)
+    assert_same_bits(got.distribution, state.distribution)
+    assert_same_bits(got.kept_distribution, state.kept_distribution)
+    got = advanced(state, backend, arguments, copies=torch.ones(9, dtype=torch.bool))
+    assert_same_bits(got.distribution, state.distribution)
+
+
+@pytest.mark.parametrize("where", ["visual", "kept_sum"])
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_one_class_that_is_not_finite_keeps_every_prototype(backend, where) -> None:
+    state, arguments = moving(0, 9, 5, 6)
+    getattr(state, where)[2, 4] = math.nan
+    got = advanced(state, backend, arguments, posterior=True)
+    assert_same_bits(got.textual, state.textual)
+    assert not torch.equal(got.kept_distribution, state.kept_distribution)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_text_and_images_that_lie_apart_pull_the_other_way(backend) -> None:
+    state, arguments = moving(0, 0, 4, 6)
+    state.visual.neg_()
+    got = advanced(state, backend, arguments, posterior=True, strength=1e6)
+    cosine = torch.nn.functional.cosine_similarity(got.textual, state.text)
+    torch.testing.assert_close(cosine.data, -torch.ones(4), rtol=0, atol=1e-3)
+    state.visual.zero_()
+    assert_same_bits(advanced(state, backend, arguments, posterior=True).textual, state.textual)
+
+
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_a_zero_prototype_stays_zero_and_a_small_one_becomes_unit(kernel) -> None:
+    state, arguments = moving(0, 9, 5, 6)
+    with torch.no_grad():
+        state.textual[1] = 0
+        state.textual[2] = 1e-9
+    got, expected = (
+        advanced(state, name, arguments, normalize=True).textual for name in (kernel, "reference")
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    assert not got[1].any() and got[2].norm().item() == pytest.approx(1.0)
+
+
+class NoOperators(TorchDispatchMode):
+    """Raises at an operator of torch that starts a kernel."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.name()
+        assert operator.is_view or name.startswith(("aten::empty", "ulfine::")), name
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("choice", "launches"),
+    [("compounding", 2), ("normalized", 2), ("still", 1), ("still and normalized", 2), ("posterior", 4)],
+)
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_advance_starts_few_kernels(kernel, choice, launches, emulated_kernels) -> None:
+    state, arguments = moving(40, 70, 9, 33)
+    arguments["copies"] = marked(70)
+    before = emulated_kernels.launches()
+    with use_backend(kernel), NoOperators():
+        state.advance(**(ADVANCE | arguments | CHOICES[choice]))
+    assert emulated_kernels.launches() - before == launches
+
+
+@pytest.mark.parametrize("posterior", [False, True])
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_advance_has_the_same_bits_in_every_run(kernel, posterior) -> None:
+    state, arguments = moving(40, 70, 9, 33)
+    changes = {"posterior": posterior, "copies": marked(70), "normalize": True}
+    first = advanced(state, kernel, arguments, **changes)
+    for _ in range(3):
+        assert_same_state(advanced(state, kernel, arguments, **changes), first)
+
+
+@pytest.mark.parametrize("posterior", [False, True])
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_advance_writes_what_it_reads(kernel, posterior, poisoned) -> None:
+    state, arguments = moving(40, 70, 9, 33)
+    changes = {"posterior": posterior, "copies": marked(70)}
+    expected = advanced(state, kernel, arguments, **changes)
+    assert_same_state(poisoned(lambda: advanced(state, kernel, arguments, **changes)), expected)
+
+
+@pytest.mark.parametrize("posterior", [False, True])
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_advance_compiles_without_a_graph_break(kernel, posterior) -> None:
+    state, arguments = moving(40, 70, 9, 33)
+    expected = advanced(state, kernel, arguments, posterior=posterior)
+    with use_backend(kernel):
+        compiled(state.advance, backend="aot_eager")(**ADVANCE, **arguments, posterior=posterior)
+    assert_same_state(state, expected)
+
+
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_the_operator_of_advance_follows_the_rules(kernel) -> None:
+    state, arguments = moving(7, 9, 5, 6)
+    pseudo = arguments["pseudo"]
+    tensors = (
+        arguments["features"], arguments["targets"], arguments["weak"], pseudo.label, pseudo.keep, marked(9),
+        pseudo.histogram, pseudo.kept_histogram, pseudo.branch_scale, arguments["labelled_counts"], state.text, TRUE,
+        state.textual.detach(), state.visual, state.seen, state.distribution, state.kept_distribution,
+        state.kept_sum, state.kept_count, state.branch_scale, state.measured,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.ulfine._state_update_.default, (*tensors, *ADVANCE.values(), True, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_advance_widens_half_features(kernel, dtype) -> None:
+    state, arguments = moving(40, 70, 9, 33)
+    half = {name: arguments[name].to(dtype) for name in ("features", "weak")}
+    wide = {name: tensor.float() for name, tensor in half.items()}
+    assert_same_state(
+        advanced(state, kernel, arguments | half, posterior=True),
+        advanced(state, kernel, arguments | wide, posterior=True),
+    )
+
+
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_advance_takes_tensors_of_any_layout(kernel) -> None:
+    state, arguments = moving(40, 70, 9, 33)
+    moved = {name: arguments[name].T.contiguous().T for name in ("features", "weak")}
+    moved["labelled_counts"] = arguments["labelled_counts"].repeat_interleave(2)[::2]
+    moved["pseudo"] = PseudoLabels(*(t.repeat_interleave(2)[::2] for t in arguments["pseudo"]))
+    copies = marked(70)
+    assert_same_state(
+        advanced(state, kernel, arguments | moved, posterior=True, copies=copies.repeat_interleave(2)[::2]),
+        advanced(state, kernel, arguments, posterior=True, copies=copies),
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_advance_tells_a_graph_that_its_state_has_changed(backend) -> None:
+    state, arguments = moving(7, 9, 5, 6)
+    version = state.textual._version
+    with use_backend(backend):
+        state.advance(**ADVANCE, **arguments)
+    assert state.textual._version > version
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(7, 5)}, r"advance: features must be \[any, 6\], got \[7, 5\]"),
+        ({"targets": torch.zeros(6).long()}, r"advance: targets must be \[7\], got \[6\]"),
+        ({"weak": torch.zeros(9, 5)}, r"advance: weak must be \[any, 6\], got \[9, 5\]"),
+        ({"weak": torch.zeros(8, 6)}, r"advance: label must be \[8\], got \[9\]"),
+        ({"copies": torch.zeros(9)}, r"advance: copies must be bool, got float32"),
+        ({"labelled_counts": torch.zeros(5)}, r"advance: labelled_counts must be int64, got float32"),
+        ({"finite": TRUE.to("meta")}, r"advance: finite must be on cpu like the rest, got meta"),
+        ({"strength": 0.0}, r"advance: strength must be a finite number above 0, got 0"),
+        ({"gamma": 1.5}, r"advance: gamma must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_advance_names_a_wrong_argument(change, message) -> None:
+    state, arguments = moving(7, 9, 5, 6)
+    with pytest.raises((ValueError, TypeError), match=message):
+        state.advance(**(ADVANCE | arguments | change))

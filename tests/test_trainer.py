@@ -196,7 +196,13 @@ def test_rejected_strong_rows_do_not_matter():
 @pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
 @pytest.mark.parametrize("warm", [False, True], ids=["first-step", "later-step"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_step_that_is_not_finite_changes_nothing(optimizer_name, warm, bad):
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_a_step_that_is_not_finite_changes_nothing(backend, optimizer_name, warm, bad):
+    with use_backend(backend):
+        check_that_it_changes_nothing(optimizer_name, warm, bad)
+
+
+def check_that_it_changes_nothing(optimizer_name, warm, bad):
     schedule = replace(SCHEDULE, optimizer=optimizer_name)
     _, head, optimizer, batch, classes = one_step(ULFINE, schedule=schedule)
     if warm:
@@ -213,6 +219,19 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer_name, warm, bad):
         assert all(not after.pop(name).any() for name in after.keys() - before.keys())
     assert_same(before, after)
     assert train_step(head, optimizer, batch, ULFINE, classes).finite
+
+
+@pytest.mark.parametrize("name", ["ulfine", "ulfine_plus"])
+@pytest.mark.parametrize("kernel", ["cuda"])
+def test_a_run_on_the_kernels_is_that_on_the_reference(kernel, name):
+    runs = []
+    for backend in (kernel, "reference"):
+        with use_backend(backend):
+            runs.append(small_run(METHODS[name], replace(SCHEDULE, steps=6), small_data(protocol="acr")))
+    (got, _), (expected, _) = runs
+    assert expected.state.kept_distribution.any()
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(got.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_skipped_first_step_does_not_change_what_follows():

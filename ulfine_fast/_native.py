@@ -67,15 +67,10 @@ def _address(tensor: Tensor | None) -> int:
 def proto_logits(features: Tensor, prototypes: Tensor, scale: float) -> Tensor:
     x, p = _f32(features), _f32(prototypes)
     (b, d), c = x.shape, p.shape[0]
-    logits = torch.empty(b, c, dtype=torch.float32, device=x.device)
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            _C.proto_logits_cuda(x.data_ptr(), p.data_ptr(), logits.data_ptr(), b, c, d, scale, stream)
-    else:
-        threads = torch.get_num_threads()
-        scratch = _scratch(_C.proto_logits_scratch(b, c, d, threads))
-        _C.proto_logits(x.data_ptr(), p.data_ptr(), logits.data_ptr(), scratch, b, c, d, scale, threads)
+    logits = _empty((b, c))
+    threads = torch.get_num_threads()
+    scratch = _scratch(_C.proto_logits_scratch(b, c, d, threads))
+    _C.proto_logits(x.data_ptr(), p.data_ptr(), logits.data_ptr(), scratch, b, c, d, scale, threads)
     return logits.to(features.dtype)
 
 

@@ -256,6 +256,10 @@ def train(
         Backend,
         typer.Option(help="Implementation of the ops; auto takes the fastest, a name runs or fails."),
     ] = "auto",
+    capture: Annotated[
+        bool,
+        typer.Option(help="Run the steps as one CUDA graph; the result is the same. Needs a CUDA device."),
+    ] = False,
     threads: Threads = 0,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Let torch use deterministic algorithms only.")
@@ -324,6 +328,7 @@ def train(
             run_dir=run_dir,
             resume=resume,
             checkpoint_every=checkpoint_every,
+            capture=capture,
         )
     experiment.write_run(run_dir, configuration, features, outcome)
     if chosen.eta_folds:
@@ -381,7 +386,7 @@ def info(
     """Print versions, threads, the back ends that can run here, and the cache."""
     import torch
 
-    from ulfine_fast.backend import IMPLEMENTED, availability
+    from ulfine_fast.backend import availability
     from ulfine_fast.cache import default_cache_dir
     from ulfine_fast.experiment import versions
 
@@ -393,10 +398,7 @@ def info(
         "versions": known,
         "threads": torch.get_num_threads(),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "backends": {
-            name: {**state._asdict(), "ops": list(IMPLEMENTED[name])}
-            for name, state in availability().items()
-        },
+        "backends": {name: state._asdict() for name, state in availability().items()},
         "cache": {"folder": str(folder), "bytes": size},
     }
     if as_json:
@@ -415,11 +417,10 @@ def _print_info(record: dict[str, Any]) -> None:
     console.print(f"ulfine-fast {record['version']} ({versions})")
     console.print(f"CPU threads: {record['threads']}; CUDA device: {record['cuda_device'] or 'none'}")
     table = Table(box=None, pad_edge=False)
-    for column in ("back end", "runs here", "ops", "note"):
+    for column in ("back end", "runs here", "note"):
         table.add_column(column, overflow="fold")
     for name, state in record["backends"].items():
-        ops = "all" if len(state["ops"]) > 4 else ", ".join(state["ops"])
-        table.add_row(name, "yes" if state["available"] else "no", ops, state["reason"])
+        table.add_row(name, "yes" if state["available"] else "no", state["reason"])
     console.print(table)
     console.print(
         f"Feature cache: {record['cache']['folder']}, {record['cache']['bytes'] / 1e6:.1f} MB", soft_wrap=True

@@ -50,6 +50,7 @@ def run(
     run_dir: Path | None = None,
     resume: bool = False,
     checkpoint_every: int = 500,
+    capture: bool = False,
     progress: bool = True,
 ) -> Outcome:
     """Train `method` on `data` and evaluate it on the test set; the options are those of `train`."""
@@ -65,6 +66,7 @@ def run(
         run_dir=run_dir,
         resume=resume,
         checkpoint_every=checkpoint_every,
+        capture=capture,
         progress=progress,
     )
     metrics = evaluate(head, data.test, data.test_labels, data.labelled_counts)

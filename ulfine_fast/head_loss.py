@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._handover import hand_over, keep
@@ -99,14 +99,14 @@ torch.library.define(
     "(Tensor features, Tensor weak, Tensor targets, Tensor linear, Tensor prototypes, Tensor threshold, "
     "Tensor align, Tensor? weak_adjustment, Tensor? adjustment, Tensor? strong_adjustment, float eta, float linear_scale, float proto_scale, float temperature, "
     "bool normalize_linear, SymInt scale_rows, bool fused, float unlabelled_weight, "
-    "float orthogonality_weight, bool need_features, bool need_linear, bool need_prototypes) "
+    "float orthogonality_weight, bool need_features, bool need_linear, bool need_prototypes, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("ulfine::_head_loss")
 def _(features, weak, targets, linear, prototypes, *options):
-    needed = zip((features, linear, prototypes), options[-3:], strict=True)
+    needed = zip((features, linear, prototypes), options[-4:-1], strict=True)
     rows, classes = weak.shape[0], linear.shape[0]
     return (
         features.new_empty((), dtype=torch.float32),
@@ -120,19 +120,28 @@ def _(features, weak, targets, linear, prototypes, *options):
     )
 
 
-@torch.library.impl("ulfine::_head_loss", "cpu")
+@torch.library.impl("ulfine::_head_loss", ("cpu", "cuda"))
 def _(*arguments):
-    return _native.head_loss(*arguments)
+    *inputs, backend = arguments
+    if backend == "triton":
+        from ulfine_fast.kernels.head_loss import head_loss_triton
+
+        return head_loss_triton(*inputs)
+    return (_cuda if backend == "cuda" else _native).head_loss(*inputs)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, linear, prototypes, weak, targets, *rest):
         tensors = features, weak, targets, linear, prototypes, *rest[:5]
-        ctx.options = *rest[5:], *ctx.needs_input_grad[:3]
+        *options, backend = rest[5:]
+        ctx.options = *options, *ctx.needs_input_grad[:3], backend
         ctx.dtypes = features.dtype, linear.dtype, prototypes.dtype
         out = torch.ops.ulfine._head_loss.default(*tensors, *ctx.options)
         keep(ctx, out[1:4], tensors)
+        if not ctx.compiled:
+            # Or autograd makes a gradient of zeros for each of the six outputs below, in every step.
+            ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*out[4:])
         return out[0], *out[4:]
 
@@ -191,7 +200,7 @@ def head_loss(
         unlabelled_weight, orthogonality_weight: weights of the terms, at least 0.
         threshold, align, eta, linear_scale, proto_scale, temperature, normalize_linear, scale_rows: see
             `pseudo_label`. loss_on: see `dual_cross_entropy`.
-        backend: None (the selected one), "auto", "reference" or "cpp".
+        backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         Scalar loss in nats, float32 (float64 if features or a bank is), and the PseudoLabels of `weak`.
@@ -238,10 +247,11 @@ def head_loss(
     weak = weak.detach()
     if not orthogonality_weight:
         prototypes = prototypes.detach()
-    if choose("head_loss", features, dtype, backend) == "reference":
+    chosen = choose("head_loss", features, dtype, backend)
+    if chosen == "reference":
         return head_loss_reference(features, weak, targets, linear, prototypes, *options)
     if not torch.is_grad_enabled():
         # Or the op would compute gradients that nobody asks for.
         features, linear, prototypes = features.detach(), linear.detach(), prototypes.detach()
-    loss, *pseudo = _HeadLoss.apply(features, linear, prototypes, weak, targets, *options)
+    loss, *pseudo = _HeadLoss.apply(features, linear, prototypes, weak, targets, *options, chosen)
     return loss, PseudoLabels(*pseudo)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ulfine_fast import _cuda
+from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._rows import unit_rows
+from ulfine_fast.ops._rows import unit_rows, working_dtype
 from ulfine_fast.ops.proto_fit import proto_fit_
 from ulfine_fast.ops.pseudo_label import PseudoLabels
 
@@ -16,6 +18,28 @@ SMALLEST_SHARE = 1e-4
 # A branch whose logits hardly vary has no scale to align to; the ratio is bounded for the steps near that.
 SMALLEST_SCALE = 1e-6
 RATIO_BOUNDS = (0.01, 100.0)
+
+torch.library.define(
+    "ulfine::_state_update_",
+    "(Tensor features, Tensor targets, Tensor weak, Tensor label, Tensor keep, Tensor? copies, "
+    "Tensor histogram, Tensor kept_histogram, Tensor branch_scale, Tensor labelled_counts, Tensor text, "
+    "Tensor finite, Tensor(a!) textual, Tensor(b!) visual, Tensor(c!) seen, Tensor(d!) distribution, "
+    "Tensor(e!) kept_distribution, Tensor(f!) kept_sum, Tensor(g!) kept_count, Tensor(h!) running_scale, "
+    "Tensor(i!) measured, float mu, float beta, float gamma, float scale_decay, float strength, "
+    "float unlabelled_mass, bool posterior, bool normalize) -> ()",
+)
+
+
+@torch.library.register_fake("ulfine::_state_update_")
+def _(*arguments: object) -> None:
+    return None
+
+
+@torch.library.impl("ulfine::_state_update_", ("cpu", "cuda"))
+def _(*arguments: object) -> None:
+    _cuda.state_update_(*arguments)
+    # The kernel writes behind autograd's back: a graph that saved a state tensor must notice.
+    torch.autograd.graph.increment_version(arguments[12:21])
 
 
 class PrototypeState(nn.Module):
@@ -157,3 +181,109 @@ class PrototypeState(nn.Module):
         fitted = F.normalize(fitted, dim=-1)
         # Without a class mean the text has no length yet.
         self.textual.copy_(torch.where(fitted.isfinite().all() & (gap != 0), fitted, self.textual))
+
+    @torch.no_grad()
+    def normalize(self, finite: Tensor) -> None:
+        """Unit textual prototypes, where the [] bool `finite` is True."""
+        unit = F.normalize(self.textual, dim=-1)
+        self.textual.copy_(torch.where(finite, unit, self.textual))
+
+    @torch.no_grad()
+    def advance(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        weak: Tensor,
+        pseudo: PseudoLabels,
+        labelled_counts: Tensor,
+        finite: Tensor,
+        *,
+        copies: Tensor | None = None,
+        mu: float,
+        beta: float,
+        gamma: float,
+        scale_decay: float,
+        posterior: bool = False,
+        strength: float = 16.0,
+        unlabelled_mass: float = 1.0,
+        normalize: bool = False,
+    ) -> None:
+        """All of a training step that follows its optimizer, in two launches of the cuda back end, four with `posterior`.
+
+        `normalize` if asked for, `update`, and with `posterior` `refit`, for which `update` has mu = 0. Without
+        `posterior` a mu of 0 keeps the class means too. The back end is the selected one; all but cuda compose
+        the three.
+
+        Args:
+            finite: [] bool; False leaves every bit of the state as it was.
+            copies: [B_u] bool, weak rows that do not count in P_u; None is none.
+            posterior, normalize: whether to call `refit` and `normalize`.
+            features, targets, weak, pseudo, labelled_counts, mu, beta, gamma, scale_decay, strength,
+                unlabelled_mass: see `update` and `refit`.
+
+        Raises:
+            ValueError, TypeError: wrong shape, dtype, device, label or range. RuntimeError: the selected back end
+            cannot run.
+        """
+        op, (classes, dim), rows = "advance", self.text.shape, len(weak)
+        _checks.matrix(op, "features", features, columns=dim)
+        _checks.vector(op, "targets", targets, len(features), (torch.int64,))
+        _checks.matrix(op, "weak", weak, columns=dim)
+        _checks.vector(op, "label", pseudo.label, rows, (torch.int64,))
+        _checks.vector(op, "keep", pseudo.keep, rows, (torch.bool,))
+        if copies is not None:
+            _checks.vector(op, "copies", copies, rows, (torch.bool,))
+        counts = {
+            "histogram": pseudo.histogram,
+            "kept_histogram": pseudo.kept_histogram,
+            "labelled_counts": labelled_counts,
+        }
+        for name, count in counts.items():
+            _checks.vector(op, name, count, classes, (torch.int64,))
+        _checks.same_device(
+            op, self.text, features=features, targets=targets, weak=weak, label=pseudo.label, keep=pseudo.keep,
+            branch_scale=pseudo.branch_scale, copies=copies, finite=finite, **counts,
+        )  # fmt: skip
+        for name, share in (("mu", mu), ("beta", beta), ("gamma", gamma), ("scale_decay", scale_decay)):
+            _checks.between(op, name, share, 0.0, 1.0)
+        _checks.positive(op, "strength", strength)
+        learns = mu > 0 or posterior
+        if not learns:
+            features, targets = features[:0], targets[:0]
+        if posterior:
+            mu = 0.0
+        rates = {"mu": mu, "beta": beta, "gamma": gamma, "scale_decay": scale_decay}
+        if choose(op, features, working_dtype(features, weak)) == "cuda":
+            torch.ops.ulfine._state_update_.default(
+                features.detach(), targets, weak.detach(), pseudo.label, pseudo.keep, copies, pseudo.histogram,
+                pseudo.kept_histogram, pseudo.branch_scale, labelled_counts, self.text, finite, self.textual,
+                self.visual, self.seen, self.distribution, self.kept_distribution, self.kept_sum,
+                self.kept_count, self.branch_scale, self.measured, *map(float, rates.values()), strength,
+                unlabelled_mass, posterior, normalize,
+            )  # fmt: skip
+            return
+
+        if normalize:
+            self.normalize(finite)
+        if copies is not None:
+            counted = (pseudo.label >= 0) & ~copies
+            histogram = torch.zeros_like(pseudo.histogram)
+            histogram.index_add_(0, pseudo.label.clamp_min(0), counted.to(histogram.dtype))
+            pseudo = pseudo._replace(histogram=histogram)
+        # Without a label no prototype moves, without a count no distribution does, without a scale none is measured.
+        pseudo = pseudo._replace(
+            keep=pseudo.keep & finite,
+            histogram=pseudo.histogram * finite,
+            kept_histogram=pseudo.kept_histogram * finite,
+            branch_scale=torch.where(finite, pseudo.branch_scale, 0.0),
+        )
+        self.update(features, torch.where(finite, targets, -1), pseudo, **rates)
+        if posterior:
+            self.refit(
+                weak,
+                pseudo,
+                labelled_counts * finite,
+                strength=strength,
+                unlabelled_mass=unlabelled_mass,
+                gamma=torch.where(finite, gamma, 1.0),
+            )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ulfine_fast.capture import CapturedStep
 from ulfine_fast.checkpoint import (
     CheckpointError,
     digest,
@@ -29,7 +30,6 @@ from ulfine_fast.checkpoint import (
 from ulfine_fast.config import Method, Schedule
 from ulfine_fast.head import DualHead
 from ulfine_fast.metrics import classification_metrics, pseudo_label_metrics
-from ulfine_fast.ops import PseudoLabels
 from ulfine_fast.splits import groups_by_rank
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def train_step(
     were. Copies of labelled images are pseudo-labelled and trained on, but do not count in P_u.
     """
     state = head.state
-    scales_before = state.branch_scale.clone(), state.measured.clone()
     if first:
+        scales_before = state.branch_scale.clone(), state.measured.clone()
         _measure(head, batch.weak, method)
     loss, pseudo = head.step_loss(
         torch.cat([batch.labelled, batch.strong]),
@@ -116,17 +116,39 @@ def train_step(
     loss.backward()
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    finite = torch.stack([loss.isfinite(), *(p.grad.isfinite().all() for p in parameters)]).all()
-    # fused optimizers read this flag, meant for gradient scalers, on the device and then do nothing
-    optimizer.found_inf = finite.logical_not().float()
+    # In one launch, as gradient scalers look for what is not finite; a scale of 1 changes no bit.
+    scaled = [loss.detach(), *(p.grad for p in parameters)]
+    found_inf = loss.new_zeros((), dtype=torch.float32)
+    torch._amp_foreach_non_finite_check_and_unscale_(scaled, found_inf, torch.ones_like(found_inf))
+    # Fused optimizers read this flag on the device and then do nothing.
+    optimizer.found_inf = found_inf
     optimizer.step()
 
-    with torch.no_grad():
-        if method.orthogonality_weight:
-            unit = F.normalize(state.textual, dim=-1)
-            state.textual.copy_(torch.where(finite, unit, state.textual))
-        if len(batch.weak):
-            _update_state(state, batch, pseudo, method, classes.counts, finite, scales_before)
+    finite = found_inf == 0
+    normalize = method.orthogonality_weight > 0
+    if len(batch.weak):
+        state.advance(
+            batch.labelled,
+            batch.targets,
+            batch.weak,
+            pseudo,
+            classes.counts,
+            finite,
+            copies=batch.copies,
+            mu=method.mu,
+            beta=method.beta,
+            gamma=method.gamma,
+            scale_decay=method.scale_decay,
+            posterior=method.fitting == "posterior",
+            strength=method.strength,
+            unlabelled_mass=method.unlabelled_mass,
+            normalize=normalize,
+        )
+    elif normalize:
+        state.normalize(finite)
+    if first:
+        for tensor, before in zip((state.branch_scale, state.measured), scales_before, strict=True):
+            tensor.copy_(torch.where(finite, tensor, before))
     return StepReport(loss.detach(), pseudo.keep.sum() / max(len(batch.weak), 1), finite)
 
 
@@ -157,50 +179,6 @@ def _log_kept(state: PrototypeState) -> Tensor:
     """[C] logarithm of the prior of the kept pseudo-labels; uniform, which adjusts nothing, before the first."""
     kept = state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
     return (kept / kept.sum()).log()
-
-
-def _update_state(
-    state: PrototypeState,
-    batch: Batch,
-    pseudo: PseudoLabels,
-    method: Method,
-    labelled_counts: Tensor,
-    finite: Tensor,
-    scales_before: tuple[Tensor, Tensor],
-) -> None:
-    """`PrototypeState.update` that leaves everything as it was where `finite` is False, without reading it."""
-    if batch.copies is not None:
-        counted = (pseudo.label >= 0) & ~batch.copies
-        histogram = torch.zeros_like(pseudo.histogram)
-        histogram.index_add_(0, pseudo.label.clamp_min(0), counted.to(histogram.dtype))
-        pseudo = pseudo._replace(histogram=histogram)
-    # without a label no prototype moves, without a count no distribution does
-    posterior = method.fitting == "posterior"
-    learns = finite if method.mu > 0 or posterior else torch.zeros_like(finite)
-    targets = torch.where(learns, batch.targets, -1)
-    pseudo = pseudo._replace(
-        histogram=pseudo.histogram * finite, kept_histogram=pseudo.kept_histogram * finite
-    )
-    state.update(
-        batch.labelled,
-        targets,
-        pseudo,
-        mu=0.0 if posterior else method.mu,
-        beta=method.beta,
-        gamma=method.gamma,
-        scale_decay=method.scale_decay,
-    )
-    if posterior:
-        state.refit(
-            batch.weak,
-            pseudo._replace(keep=pseudo.keep & finite),
-            labelled_counts,
-            strength=method.strength,
-            unlabelled_mass=method.unlabelled_mass,
-            gamma=torch.where(finite, method.gamma, 1.0),
-        )
-    for tensor, before in zip((state.branch_scale, state.measured), scales_before, strict=True):
-        tensor.copy_(torch.where(finite, tensor, before))
 
 
 def labelled_log_prior(labelled_counts: Tensor) -> Tensor:
@@ -238,14 +216,18 @@ def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch
     """Fused SGD (momentum 0.9) or AdamW over the linear probe and, if it is learned, the textual prototypes.
 
     Textual prototypes have no weight decay: their rows keep norm 1. Without orthogonality nothing gives them
-    a gradient and they are left out.
+    a gradient and they are left out. On a CUDA device the learning rate is a tensor there, so that a captured
+    step reads it.
     """
+    rate = schedule.learning_rate
+    if head.linear.is_cuda:
+        rate = torch.tensor(rate, device=head.linear.device)
     groups = [{"params": [head.linear], "weight_decay": schedule.weight_decay}]
     if method.orthogonality_weight:
         groups.append({"params": [head.state.textual], "weight_decay": 0.0})
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
-    optimizer = torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=MOMENTUM, fused=True)
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             # the first step would otherwise leave the buffer unset if it is skipped
@@ -256,6 +238,14 @@ def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch
 def learning_rate(schedule: Schedule, step: int) -> float:
     """Cosine from `schedule.learning_rate` at step 0 to 0 at `schedule.steps`."""
     return schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 class Stream:
@@ -380,6 +370,7 @@ def train(
     run_dir: Path | None = None,
     resume: bool = False,
     checkpoint_every: int = 500,
+    capture: bool = False,
     progress: bool = True,
 ) -> TrainResult:
     """Train `head` in place, on its device.
@@ -389,6 +380,7 @@ def train(
         resume: continue from the checkpoint in `run_dir` if there is one. The result is bit by bit that of a
             run without interruption on the same machine with the same number of threads and back end.
         checkpoint_every: steps between two checkpoints; one more is written at the end.
+        capture: run the steps after the first one as one CUDA graph, with the same bits; needs a CUDA device.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -397,7 +389,8 @@ def train(
         the batch), skipped (steps so far), and with unlabelled data what `Quality` says.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another method, schedule or data. RuntimeError: 20
+        CheckpointError: the checkpoint is damaged or of another method, schedule or data. ValueError: `capture`
+        without a CUDA device. RuntimeError: 20
         steps in a row were not finite; the run stops at its next log step or multiple of 20.
     """
     device = head.linear.device
@@ -415,15 +408,25 @@ def train(
         counts = torch.as_tensor(data.labelled_counts)
         classes = LabelledClasses(counts.to(device), labelled_log_prior(counts).to(device))
 
+    captured = None
     started = time.perf_counter() - result.seconds
     with _bar(result.steps, steps, progress) as bar:
         for step in range(result.steps, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(schedule, step)
+            _set_learning_rate(optimizer, learning_rate(schedule, step))
             batch = batches(step)
             log = (step + 1) % schedule.log_every == 0 or step + 1 == steps
             terms = _terms(head, batch, method, classes.log_prior, first=step == 0) if log else None
-            report = train_step(head, optimizer, batch, method, classes, first=step == 0)
+            if capture and step > 0:
+                if captured is None:
+                    captured = CapturedStep(
+                        lambda batch: train_step(head, optimizer, batch, method, classes),
+                        head,
+                        optimizer,
+                        batch,
+                    )
+                report = captured(batch)
+            else:
+                report = train_step(head, optimizer, batch, method, classes, first=step == 0)
             row = torch.where(report.finite, 0, skips[0] + 1)
             skips = torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~report.finite])
             if log:

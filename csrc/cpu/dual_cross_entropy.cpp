@@ -67,30 +67,30 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
 
   int64_t used = 0;
   for (int64_t i = 0; i < a.b; ++i) {
-    if (a.targets[i] >= 0 && a.targets[i] < a.c && a.weights[i] != 0.0f)
+    if (takes_part(a.targets[i], a.weights[i], a.c))
       m.row[used++] = i;
     else if (need_features)
       memset(a.d_features + i * a.d, 0, a.d * sizeof(float));
   }
 
-  const float on_linear = a.fused ? a.eta * a.linear_scale : a.linear_scale;
-  const float on_proto = a.fused ? (1.0f - a.eta) * a.align * a.proto_scale : a.proto_scale;
+  const Factors on = a.fused ? fused_factors(a.eta, a.align, a.linear_scale, a.proto_scale)
+                             : Factors{a.linear_scale, a.proto_scale};
   if (a.bank != nullptr)
     m.bank[0] = {a.bank->transposed, a.bank->packed};
   else
     pack_bank(a.c, a.d, a.threads, m.staging, m.bank[0].transposed, m.bank[0].packed,
               [&](int64_t k, float* to, float* text) {
                 linear_row(a.linear, k, a.d, a.normalize_linear, to);
-                scale_row(to, on_linear, ldx);
+                scale_row(to, on.linear, ldx);
                 if (!a.fused) return;
                 unit_row(a.prototypes + k * a.d, a.d, text);
-                add_scaled(to, text, on_proto, ldx);
+                add_scaled(to, text, on.proto, ldx);
               });
   if (!a.fused)
     pack_bank(a.c, a.d, a.threads, m.staging, m.bank[1].transposed, m.bank[1].packed,
               [&](int64_t k, float* to, float*) {
                 unit_row(a.prototypes + k * a.d, a.d, to);
-                scale_row(to, on_proto, ldx);
+                scale_row(to, on.proto, ldx);
               });
 
   // Without a row there is one empty chunk, which makes the gradient of the linear bank zero.
@@ -129,8 +129,8 @@ void dual_cross_entropy(const DualCrossEntropy& a) {
                   chunk + chunk_rows == used, a.threads, [&](int64_t k, float* row, int worker) {
                     float *w = m.staging + worker * kStagingRows * ldx, *to = a.d_linear + k * a.d;
                     const float inverse = linear_row(a.linear, k, a.d, a.normalize_linear, w);
-                    if (a.normalize_linear) return unit_row_backward(row, w, on_linear * inverse, a.d, to);
-                    scale_row(row, on_linear, ldx);
+                    if (a.normalize_linear) return unit_row_backward(row, w, on.linear * inverse, a.d, to);
+                    scale_row(row, on.linear, ldx);
                     memcpy(to, row, a.d * sizeof(float));
                   });
   }

@@ -113,11 +113,9 @@ void orthogonality(const Orthogonality& a) {
   for (int64_t i = 0; i < side; ++i) total += m.partial[i];
   if (!of_rows)
     for (int64_t k = 0; k < a.c; ++k) total -= m.fourth[k];
-  const double pairs = static_cast<double>(a.c) * static_cast<double>(a.c - 1);
-  // The subtraction may round to just below 0; NaN passes.
-  *a.value = static_cast<float>(total < 0.0 ? 0.0 : total / pairs);
+  *a.value = mean_squared_cosine(total, a.c);
 
-  const float factor = static_cast<float>(4.0 * a.weight / pairs);
+  const float factor = static_cast<float>(4.0 * a.weight / ordered_pairs(a.c));
   if (!of_rows)
     parallel(side, a.threads, [&](int64_t i, int) { pack_row(m.gram + i * ldg, a.d, a.d, i, m.packed); });
   parallel(ceil_div(a.c, kBankRows), a.threads, [&](int64_t task, int worker) {

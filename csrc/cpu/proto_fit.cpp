@@ -8,9 +8,6 @@ namespace ulfine::ULFINE_ISA {
 
 namespace {
 
-// Norm of the blended prototype below which the old one stays.
-constexpr float kSmallestBlend = 1e-6f;
-
 struct Memory {
   int64_t *head, *next, *present;  // rows of class k: head[k], next[head[k]], ... in batch order
   float *x, *mean, *text;
@@ -40,8 +37,8 @@ void proto_fit(const ProtoFit& a) {
   for (int64_t k = 0; k < a.c; ++k) {
     if (total > 0.0)
       a.distribution[k] =
-          a.gamma * a.distribution[k] + (1.0f - a.gamma) * (a.histogram[k] / static_cast<float>(total));
-    largest = a.distribution[k] <= largest ? largest : a.distribution[k];
+          running_share(a.distribution[k], a.histogram[k], static_cast<float>(total), a.gamma);
+    largest = larger(largest, a.distribution[k]);
   }
 
   int64_t present = 0;
@@ -67,19 +64,19 @@ void proto_fit(const ProtoFit& a) {
       ++count;
     }
     float *visual = a.visual + k * a.d, *textual = a.textual + k * a.d;
-    const float share = 1.0f / static_cast<float>(count);
-    const float old = a.seen[k] ? a.beta : 0.0f, young = a.seen[k] ? (1.0f - a.beta) * share : share;
-    for (int64_t i = 0; i < a.d; ++i) visual[i] = (a.seen[k] ? old * visual[i] : 0.0f) + young * mean[i];
+    const bool seen = a.seen[k];
+    for (int64_t i = 0; i < a.d; ++i)
+      visual[i] = running_mean(visual[i], seen, mean[i], static_cast<float>(count), a.beta);
     a.seen[k] = true;
 
     const float inverse = unit_row(visual, a.d, x);
     if (inverse == 0.0f) return;
-    const float alpha = largest > 0.0f ? a.mu * (a.distribution[k] / largest) : 0.0f;
+    const float alpha = step_size(a.distribution[k], largest, a.mu);
     unit_row(textual, a.d, text);
     scale_row(text, 1.0f - alpha, ld);
     add_scaled(text, x, alpha, ld);
     const float norm = sqrtf(dot(text, text, ld));
-    if (!(norm >= kSmallestBlend && __builtin_isfinite(norm))) return;
+    if (!replaces(norm)) return;
     for (int64_t i = 0; i < a.d; ++i) textual[i] = text[i] / norm;
   });
 }

@@ -91,15 +91,14 @@ void pseudo_label(const PseudoLabel& a) {
   if (a.b == 0 && a.bank == nullptr) return;
 
   const float inverse_temperature = 1.0f / a.temperature;
-  const float on_linear = a.eta * a.linear_scale;
-  const float on_proto = (1.0f - a.eta) * a.align * a.proto_scale;
+  const Factors on = fused_factors(a.eta, a.align, a.linear_scale, a.proto_scale);
   float* bank = a.bank != nullptr ? a.bank->transposed : m.fused;
   pack_bank(a.c, a.d, a.threads, m.staging, bank, a.bank != nullptr ? a.bank->packed : nullptr,
             [&](int64_t k, float* to, float* text) {
               m.factor[0][k] = a.linear_scale * linear_row(a.linear, k, a.d, a.normalize_linear, to);
-              scale_row(to, on_linear, ldx);
+              scale_row(to, on.linear, ldx);
               m.factor[1][k] = a.proto_scale * unit_row(a.prototypes + k * a.d, a.d, text);
-              add_scaled(to, text, on_proto, ldx);
+              add_scaled(to, text, on.proto, ldx);
             });
   const int64_t rounded = round_up(a.scale_rows, kPanel);
   measure_scales(a, m, rounded);
@@ -117,10 +116,9 @@ void pseudo_label(const PseudoLabel& a) {
     multiply(rows, a.c, a.d, row_major(x, ldx), bank, z, ldz, false);
     for (int64_t i = 0; i < rows; ++i) {
       const Prediction p = predict_row(z + i * ldz, m.shift, inverse_temperature, a.c, ldz);
-      const float limit = a.threshold[a.thresholds > 1 && p.label >= 0 ? p.label : 0];
       a.label[first + i] = p.label;
       a.confidence[first + i] = p.confidence;
-      a.keep[first + i] = p.label >= 0 && p.confidence >= limit;
+      a.keep[first + i] = is_kept(p, a.threshold, a.thresholds);
     }
   });
 
@@ -133,7 +131,7 @@ void pseudo_label(const PseudoLabel& a) {
   int64_t counted = 0;
   for (int64_t i = 0; i < a.scale_rows; ++i) {
     const float linear = m.spread[i], proto = m.spread[rounded + i];
-    if (!__builtin_isfinite(linear) || !__builtin_isfinite(proto)) continue;
+    if (!is_finite(linear) || !is_finite(proto)) continue;
     total[0] += linear;
     total[1] += proto;
     ++counted;

@@ -5,9 +5,6 @@
 
 namespace ulfine::ULFINE_ISA {
 
-// Squared norm at or below which a row has no direction.
-constexpr float kZeroNormSquared = 1e-12f;
-
 // Copies n floats and pads with zeros; `from` may have any alignment and no padding.
 static inline void copy_padded(const float* from, int64_t n, float* to) {
   memcpy(to, from, n * sizeof(float));
@@ -34,11 +31,6 @@ static inline void add_scaled(float* y, const float* x, float factor, int64_t n_
   for (int64_t i = 0; i < n_padded; i += kWidth) store(y + i, load(y + i) + load(x + i) * splat(factor));
 }
 
-// Inverse norm from a squared one: 0 for a row without direction, NaN for a row with a NaN.
-static inline float inverse_norm(float squared) {
-  return squared <= kZeroNormSquared ? 0.0f : 1.0f / sqrtf(squared);
-}
-
 // to = unit(from), padded; returns the inverse norm of `from`. The squares are summed in the pass that
 // copies.
 static inline float unit_row(const float* from, int64_t n, float* to) {
@@ -58,10 +50,15 @@ static inline float unit_row(const float* from, int64_t n, float* to) {
   return inverse;
 }
 
-// Gradient through y = x / |x|: to = (d - <d, y> y) * inverse, without the padding.
+// Gradient through y = x / |x|, without the padding. A row without direction gets none, whatever came back to
+// it; an infinite one, whose inverse norm is 0 as well and whose y is NaN, gets NaN.
 static inline void unit_row_backward(const float* d, const float* y, float inverse, int64_t n, float* to) {
+  if (inverse == 0.0f && dot(y, y, padded(n)) == 0.0f) {
+    memset(to, 0, n * sizeof(float));
+    return;
+  }
   const float radial = dot(d, y, padded(n));
-  for (int64_t i = 0; i < n; ++i) to[i] = (d[i] - radial * y[i]) * inverse;
+  for (int64_t i = 0; i < n; ++i) to[i] = unit_backward(d[i], radial, y[i], inverse);
 }
 
 // Softmax of factor * z in place, left unnormalised: z becomes exp(factor * (z - max)). Returns max and the
@@ -88,22 +85,16 @@ static inline Softmax exponentiate(float* z, const float* shift, int64_t n_padde
 }
 
 // Cross-entropy of one row; z becomes weight * (softmax - onehot). `shift` holds kPadLogit in the padding.
-// The loss is log(total) + (top - z_y): the other order loses every digit when the target's share is near 1.
 static inline float cross_entropy_row(float* z, const float* shift, int64_t target, float weight,
                                       int64_t n_padded) {
   const float z_target = z[target] + shift[target];
   const Softmax softmax = exponentiate(z, shift, n_padded);
   scale_row(z, weight / softmax.total, n_padded);
   z[target] -= weight;
-  return weight * (logf(softmax.total) + (softmax.top - z_target));
+  return row_loss(softmax.top, softmax.total, z_target, weight);
 }
 
-// Lowest index of the largest logit and its share of the softmax; label -1 if that share is not finite.
-struct Prediction {
-  int64_t label;
-  float confidence;
-};
-
+// Lowest index of the largest logit and its share of the softmax.
 static inline Prediction predict_row(float* z, const float* shift, float inverse_temperature, int64_t n,
                                      int64_t n_padded) {
   Vec best = splat(kPadLogit);
@@ -122,8 +113,7 @@ static inline Prediction predict_row(float* z, const float* shift, float inverse
   for (int64_t i = 0; i < kWidth; ++i)
     if (best[i] == top) label = min(label, where[i]);
   const Softmax softmax = exponentiate(z, shift, n_padded, inverse_temperature);
-  if (!(top > kPadLogit) || !__builtin_isfinite(softmax.total) || label >= n) return {-1, 0.0f};
-  return {label, 1.0f / softmax.total};
+  return prediction(top, label, softmax.total, n);
 }
 
 }  // namespace ulfine::ULFINE_ISA

@@ -12,11 +12,8 @@
 
 #include <utility>
 
+#include "../row_math.h"
 #include "kernels.h"
-
-#ifndef ULFINE_ISA
-#error "ULFINE_ISA must name the instruction set: baseline, avx2 or avx512"
-#endif
 
 namespace ulfine::ULFINE_ISA {
 
@@ -30,10 +27,6 @@ constexpr int64_t kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
-
-// Stands for minus infinity in padded columns: exp() of it is 0, and unlike infinity it stays finite when a
-// row maximum is subtracted.
-constexpr float kPadLogit = -3.0e38f;
 
 static inline Vec load(const float* p) {
   Vec v;

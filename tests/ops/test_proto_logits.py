@@ -47,8 +47,8 @@ def naive(features, prototypes, scale):
     return [[scale * cosine(x, p) for p in prototypes.tolist()] for x in features.tolist()]
 
 
-def assert_accurate(features, prototypes, grad):
-    got = run(features, prototypes, grad, backend="cpp")
+def assert_accurate(kernel, features, prototypes, grad):
+    got = run(features, prototypes, grad, backend=kernel)
     eager = run(features, prototypes, grad, function=proto_logits_reference)
     exact = run(features.double(), prototypes.double(), grad, function=proto_logits_reference)
     # A gradient loses its part along the row, so what is summed is larger than what remains.
@@ -82,10 +82,14 @@ def test_float64_reference_is_exact() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("b", "c", "d"), SHAPES)
-def test_no_less_accurate_than_eager(b, c, d, dtype) -> None:
+def test_no_less_accurate_than_eager(kernel, b, c, d, dtype) -> None:
     features, prototypes = inputs(b, c, d, dtype)
     grad = torch.randn(b, c, generator=seeded(b, c, d, 1)).to(dtype)
-    assert_accurate(features, prototypes, grad)
+    assert_accurate(kernel, features, prototypes, grad)
+
+
+def test_no_less_accurate_in_the_tiles_of_tf32(kernel, tf32) -> None:
+    assert_accurate(kernel, *inputs(70, 130, 40), torch.randn(70, 130, generator=seeded(1)))
 
 
 @given(
@@ -95,12 +99,12 @@ def test_no_less_accurate_than_eager(b, c, d, dtype) -> None:
     exponent=st.integers(-3, 6),
     zeros=st.booleans(),
 )
-def test_any_shape_and_magnitude_is_no_less_accurate_than_eager(b, c, d, exponent, zeros) -> None:
+def test_any_shape_and_magnitude_is_no_less_accurate_than_eager(kernel, b, c, d, exponent, zeros) -> None:
     features, prototypes = inputs(b, c, d)
     features = features * 10.0**exponent
     if zeros:
         features[::3], prototypes[::2] = 0, 0
-    assert_accurate(features, prototypes, torch.randn(b, c, generator=seeded(b, c, d, 1)))
+    assert_accurate(kernel, features, prototypes, torch.randn(b, c, generator=seeded(b, c, d, 1)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -109,7 +113,7 @@ def test_any_memory_layout_gives_the_same_bits(backend, layout) -> None:
     grad = torch.randn(37, 19, generator=seeded(1))
     change = LAYOUTS[layout]
     # The reference multiplies by BLAS, which may sum another layout in another order.
-    exact = backend == "cpp"
+    exact = backend != "reference"
     for one, other in zip(
         run(change(features), change(prototypes), change(grad), backend=backend),
         run(features, prototypes, grad, backend=backend),
@@ -186,47 +190,47 @@ def test_no_gradient_without_a_leaf(backend) -> None:
     assert not proto_logits(*inputs(5, 10, 17), backend=backend).requires_grad
 
 
-def test_cpp_refuses_a_second_derivative() -> None:
+def test_a_kernel_refuses_a_second_derivative(kernel) -> None:
     features, prototypes = (t.requires_grad_() for t in inputs(5, 10, 17))
-    logits = proto_logits(features, prototypes, backend="cpp")
+    logits = proto_logits(features, prototypes, backend=kernel)
     (first,) = torch.autograd.grad(logits.square().sum(), features, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
-def test_opcheck_forward(layout) -> None:
+def test_opcheck_forward(kernel, layout) -> None:
     change = LAYOUTS.get(layout, torch.clone)
     features, prototypes = map(change, inputs(5, 10, 17))
-    torch.library.opcheck(torch.ops.ulfine._proto_logits.default, (features, prototypes, SCALE, "cpp"))
+    torch.library.opcheck(torch.ops.ulfine._proto_logits.default, (features, prototypes, SCALE, kernel))
 
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
-def test_opcheck_backward(layout, need) -> None:
+def test_opcheck_backward(kernel, layout, need) -> None:
     change = LAYOUTS.get(layout, torch.clone)
     features, prototypes = map(change, inputs(5, 10, 17, torch.bfloat16))
-    arguments = (change(torch.ones(5, 10)).to(torch.bfloat16), features, prototypes, SCALE, *need, "cpp")
+    arguments = (change(torch.ones(5, 10)).to(torch.bfloat16), features, prototypes, SCALE, *need, kernel)
     torch.library.opcheck(torch.ops.ulfine._proto_logits_backward.default, arguments)
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
-def test_compiles_without_a_graph_break(engine) -> None:
+def test_compiles_without_a_graph_break(kernel, engine) -> None:
     features, prototypes = inputs(5, 10, 17)
     grad = torch.randn(5, 10, generator=seeded(2))
     function = compiled(proto_logits, backend=engine)
-    got = run(features, prototypes, grad, function=lambda *a: function(*a, backend="cpp"))
-    for one, other in zip(got, run(features, prototypes, grad, backend="cpp"), strict=True):
+    got = run(features, prototypes, grad, function=lambda *a: function(*a, backend=kernel))
+    for one, other in zip(got, run(features, prototypes, grad, backend=kernel), strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_compiled_once_for_every_batch_size() -> None:
+def test_compiled_once_for_every_batch_size(kernel) -> None:
     function = compiled(proto_logits, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (5, 9):
             features, prototypes = inputs(rows, 10, 17)
-            got = run(features, prototypes, function=lambda *a: function(*a, backend="cpp"))
-            for one, other in zip(got, run(features, prototypes, backend="cpp"), strict=True):
+            got = run(features, prototypes, function=lambda *a: function(*a, backend=kernel))
+            for one, other in zip(got, run(features, prototypes, backend=kernel), strict=True):
                 torch.testing.assert_close(one, other)
 
 
@@ -239,30 +243,30 @@ def test_compiled_once_for_every_batch_size() -> None:
 @given(
     b=st.integers(0, 300), c=st.integers(1, 130), d=st.integers(1, 130), threads=st.sampled_from([1, 2, 3])
 )
-def test_every_output_is_written_and_nothing_else(poisoned, b, c, d, threads) -> None:
+def test_every_output_is_written_and_nothing_else(poisoned, kernel, b, c, d, threads) -> None:
     features, prototypes = inputs(b, c, d)
     grad = torch.randn(b, c, generator=seeded(3))
-    expected = run(features, prototypes, grad, backend="cpp")
-    got = on_threads(threads, lambda: poisoned(lambda: run(features, prototypes, grad, backend="cpp")))
+    expected = run(features, prototypes, grad, backend=kernel)
+    got = on_threads(threads, lambda: poisoned(lambda: run(features, prototypes, grad, backend=kernel)))
     for one, other in zip(got, expected, strict=True):
         assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize(("b", "c", "d"), [(130, 100, 64), (700, 11, 33)])
-def test_same_bits_in_every_run_and_for_every_thread_count(b, c, d) -> None:
+def test_same_bits_in_every_run_and_for_every_thread_count(kernel, b, c, d) -> None:
     features, prototypes = inputs(b, c, d)
     grad = torch.randn(b, c, generator=seeded(3))
-    first = run(features, prototypes, grad, backend="cpp")
+    first = run(features, prototypes, grad, backend=kernel)
     for threads in (1, 2, 3):
-        again = on_threads(threads, lambda: run(features, prototypes, grad, backend="cpp"))
+        again = on_threads(threads, lambda: run(features, prototypes, grad, backend=kernel))
         for one, other in zip(again, first, strict=True):
             assert_same_bits(one, other)
 
 
-def test_a_row_does_not_depend_on_the_rest_of_the_batch() -> None:
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(kernel) -> None:
     features, prototypes = inputs(300, 19, 29)
-    whole = proto_logits(features, prototypes, backend="cpp")
-    assert_same_bits(proto_logits(features[256:300], prototypes, backend="cpp"), whole[256:300])
+    whole = proto_logits(features, prototypes, backend=kernel)
+    assert_same_bits(proto_logits(features[256:300], prototypes, backend=kernel), whole[256:300])
 
 
 def test_arguments_are_unchanged(backend) -> None:
@@ -306,6 +310,23 @@ def test_a_row_that_is_not_finite_gives_nan_in_that_row_alone(backend, bad) -> N
     assert logits[1].isnan().all()
     keep = [0, 2, 3, 4]
     assert_same_bits(logits[keep], plain[keep])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_feature_that_is_not_finite_gets_such_a_gradient_and_no_other_does(backend, bad) -> None:
+    features, prototypes = inputs(5, 10, 17)
+    features[1, 3] = bad
+    d_features = run(features, prototypes, backend=backend)[1]
+    assert d_features.isnan().all(-1).tolist() == [False, True, False, False, False]
+    assert d_features[[0, 2, 3, 4]].isfinite().all()
+
+
+def test_a_zero_feature_gets_no_gradient_whatever_comes_back(backend) -> None:
+    features, prototypes = inputs(5, 10, 17)
+    features[2] = 0
+    grad = torch.ones(5, 10)
+    grad[2] = math.nan
+    assert not run(features, prototypes, grad, backend=backend)[1][2].any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -378,9 +399,9 @@ def test_bad_arguments(features, prototypes, scale, error, message) -> None:
         proto_logits(features, prototypes, scale)
 
 
-def test_cpp_refuses_float64() -> None:
-    with pytest.raises(RuntimeError, match="proto_logits: cpp computes in float32, got float64"):
-        proto_logits(*inputs(5, 10, 17, torch.float64), backend="cpp")
+def test_a_kernel_refuses_float64(kernel) -> None:
+    with pytest.raises(RuntimeError, match=f"proto_logits: {kernel} computes in float32, got float64"):
+        proto_logits(*inputs(5, 10, 17, torch.float64), backend=kernel)
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

@@ -70,8 +70,8 @@ def exact_and_distances(features, linear, prototypes, threshold, **changes):
     return exact, gap, torch.minimum(gap, (exact.confidence - limit).abs())
 
 
-def assert_accurate(features, linear, prototypes, threshold=THRESHOLD, **changes):
-    got = pseudo_label(features, linear, prototypes, threshold, backend="cpp", **changes)
+def assert_accurate(kernel, features, linear, prototypes, threshold=THRESHOLD, **changes):
+    got = pseudo_label(features, linear, prototypes, threshold, backend=kernel, **changes)
     eager = definition(features, linear, prototypes, threshold, **changes)
     exact, gap, to_threshold = exact_and_distances(features, linear, prototypes, threshold, **changes)
     assert_same_outside_band(got.label, exact.label, gap)
@@ -156,13 +156,21 @@ def test_result_follows_the_formula(backend, options) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("b", "c", "d"), SHAPES)
-def test_no_less_accurate_than_eager(b, c, d, dtype) -> None:
-    assert_accurate(*inputs(b, c, d, dtype))
+def test_no_less_accurate_than_eager(kernel, b, c, d, dtype) -> None:
+    assert_accurate(kernel, *inputs(b, c, d, dtype))
+
+
+def test_no_less_accurate_in_the_tiles_of_tf32(kernel, tf32) -> None:
+    assert_accurate(kernel, *inputs(70, 300, 40), temperature=2.0)
+
+
+def test_no_less_accurate_over_thousands_of_classes(kernel) -> None:
+    assert_accurate(kernel, *inputs(5, 4500, 7), temperature=0.7)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_no_less_accurate_than_eager_under_options(options) -> None:
-    assert_accurate(*inputs(300, 37, 19), torch.linspace(0.1, 0.9, 37), **options)
+def test_no_less_accurate_than_eager_under_options(kernel, options) -> None:
+    assert_accurate(kernel, *inputs(300, 37, 19), torch.linspace(0.1, 0.9, 37), **options)
 
 
 @given(
@@ -176,12 +184,12 @@ def test_no_less_accurate_than_eager_under_options(options) -> None:
     per_class=st.booleans(),
 )
 def test_any_shape_and_option_is_no_less_accurate_than_eager(
-    b, c, d, eta, align, temperature, rows, per_class
+    kernel, b, c, d, eta, align, temperature, rows, per_class
 ) -> None:
     threshold = torch.linspace(0.1, 0.9, c) if per_class else 0.6
     options = {"eta": eta, "align": align, "temperature": temperature}
     features, linear, prototypes = inputs(b, c, d)
-    got = pseudo_label(features, linear, prototypes, threshold, scale_rows=rows, backend="cpp", **options)
+    got = pseudo_label(features, linear, prototypes, threshold, scale_rows=rows, backend=kernel, **options)
     eager = definition(features, linear, prototypes, threshold, rows=rows, **options)
     exact, gap, to_threshold = exact_and_distances(
         features, linear, prototypes, threshold, rows=rows, **options
@@ -382,9 +390,11 @@ def test_a_row_that_is_not_finite_is_left_out_of_everything(backend, bad, row) -
     torch.testing.assert_close(got.branch_scale, others.branch_scale, rtol=1e-6, atol=0)
 
 
-def test_a_class_that_is_not_finite_leaves_no_label(backend) -> None:
-    features, linear, prototypes = inputs(5, 10, 17)
-    prototypes[4, 1] = math.nan
+@pytest.mark.parametrize("bank", [0, 1])
+def test_a_class_that_is_not_finite_leaves_no_label(backend, bank) -> None:
+    features, *banks = inputs(5, 10, 17)
+    banks[bank][4, 1] = math.nan
+    linear, prototypes = banks
     got = pseudo_label(features, linear, prototypes, 0.0, backend=backend)
     assert got.label.tolist() == [-1] * 5 and not got.keep.any() and not got.histogram.any()
     assert got.branch_scale.tolist() == [0.0, 0.0]
@@ -450,6 +460,17 @@ def test_adjustment_is_added_to_the_fused_logits(backend, temperature) -> None:
     torch.testing.assert_close(got.branch_scale, plain.branch_scale)
 
 
+def test_a_shift_of_minus_infinity_removes_a_class(backend) -> None:
+    # More classes than a kernel takes at a time.
+    features, linear, prototypes = inputs(5, 300, 17)
+    adjustment = torch.zeros(300)
+    adjustment[:290] = -math.inf
+    got = pseudo_label(features, linear, prototypes, adjustment=adjustment, backend=backend)
+    rest = pseudo_label(features, linear[290:], prototypes[290:], backend=backend)
+    assert torch.equal(got.label, rest.label + 290)
+    torch.testing.assert_close(got.confidence, rest.confidence)
+
+
 def test_adjustment_errors() -> None:
     arguments = inputs(5, 10, 17)
     with pytest.raises(ValueError, match=r"pseudo_label: adjustment must be \[10\], got \[9\]"):
@@ -466,26 +487,28 @@ def test_nothing_of_the_result_requires_grad(backend) -> None:
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("thresholds", [1, 10])
-def test_opcheck(layout, thresholds) -> None:
+def test_opcheck(kernel, layout, thresholds) -> None:
     change = LAYOUTS.get(layout, torch.clone)
     arguments = *map(change, inputs(5, 10, 17)), torch.full((thresholds,), 0.3), torch.tensor(1.5)
     arguments += (torch.zeros(10) if thresholds > 1 else None,)
-    torch.library.opcheck(torch.ops.ulfine._pseudo_label.default, (*arguments, 0.5, 25.0, 25.0, 1.0, True, 4))
+    torch.library.opcheck(
+        torch.ops.ulfine._pseudo_label.default, (*arguments, 0.5, 25.0, 25.0, 1.0, True, 4, kernel)
+    )
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
-def test_compiles_without_a_graph_break(engine) -> None:
+def test_compiles_without_a_graph_break(kernel, engine) -> None:
     arguments = inputs(37, 10, 17)
     function = compiled(pseudo_label, backend=engine)
-    assert_same(function(*arguments, backend="cpp"), pseudo_label(*arguments, backend="cpp"))
+    assert_same(function(*arguments, backend=kernel), pseudo_label(*arguments, backend=kernel))
 
 
-def test_compiled_once_for_every_batch_size() -> None:
+def test_compiled_once_for_every_batch_size(kernel) -> None:
     function = compiled(pseudo_label, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (5, 9):
             arguments = inputs(rows, 10, 17)
-            assert_same(function(*arguments, backend="cpp"), pseudo_label(*arguments, backend="cpp"))
+            assert_same(function(*arguments, backend=kernel), pseudo_label(*arguments, backend=kernel))
 
 
 # Memory, threads, arguments
@@ -501,26 +524,26 @@ def test_compiled_once_for_every_batch_size() -> None:
     threads=st.sampled_from([1, 2, 3]),
     rows=st.sampled_from([None, 0, 3, 100]),
 )
-def test_every_output_is_written_and_nothing_else(poisoned, b, c, d, threads, rows) -> None:
+def test_every_output_is_written_and_nothing_else(poisoned, kernel, b, c, d, threads, rows) -> None:
     def call():
-        return pseudo_label(*arguments, scale_rows=rows, backend="cpp")
+        return pseudo_label(*arguments, scale_rows=rows, backend=kernel)
 
     arguments = inputs(b, c, d)
     assert_same(on_threads(threads, lambda: poisoned(call)), call())
 
 
 @pytest.mark.parametrize(("b", "c", "d"), [(130, 100, 64), (700, 11, 33)])
-def test_same_bits_in_every_run_and_for_every_thread_count(b, c, d) -> None:
+def test_same_bits_in_every_run_and_for_every_thread_count(kernel, b, c, d) -> None:
     arguments = inputs(b, c, d)
-    first = pseudo_label(*arguments, backend="cpp")
+    first = pseudo_label(*arguments, backend=kernel)
     for threads in (1, 2, 3):
-        assert_same(on_threads(threads, lambda: pseudo_label(*arguments, backend="cpp")), first)
+        assert_same(on_threads(threads, lambda: pseudo_label(*arguments, backend=kernel)), first)
 
 
-def test_a_row_does_not_depend_on_the_rest_of_the_batch() -> None:
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(kernel) -> None:
     features, linear, prototypes = inputs(300, 19, 29)
-    whole = pseudo_label(features, linear, prototypes, backend="cpp")
-    tail = pseudo_label(features[250:], linear, prototypes, backend="cpp")
+    whole = pseudo_label(features, linear, prototypes, backend=kernel)
+    tail = pseudo_label(features[250:], linear, prototypes, backend=kernel)
     for one, other in zip(tail[:3], whole[:3], strict=True):
         assert_same_bits(one, other[250:])
 
@@ -588,17 +611,9 @@ def test_bad_arguments(arguments, options, error, message) -> None:
         pseudo_label(*arguments, **options)
 
 
-def test_cpp_refuses_float64() -> None:
-    with pytest.raises(RuntimeError, match="pseudo_label: cpp computes in float32, got float64"):
-        pseudo_label(*inputs(5, 10, 17, torch.float64), backend="cpp")
-
-
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_gpu_backends_do_not_have_the_op(name) -> None:
-    with pytest.raises(
-        RuntimeError, match=f"pseudo_label: {name} has no kernel for it; implemented by: reference, cpp"
-    ):
-        pseudo_label(*inputs(5, 10, 17), backend=name)
+def test_a_kernel_refuses_float64(kernel) -> None:
+    with pytest.raises(RuntimeError, match=f"pseudo_label: {kernel} computes in float32, got float64"):
+        pseudo_label(*inputs(5, 10, 17, torch.float64), backend=kernel)
 
 
 def test_unknown_backend() -> None:

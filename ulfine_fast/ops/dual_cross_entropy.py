@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._handover import hand_over, keep
@@ -66,7 +66,7 @@ torch.library.define(
     "ulfine::_dual_cross_entropy",
     "(Tensor features, Tensor targets, Tensor linear, Tensor prototypes, Tensor weights, Tensor? adjustment, "
     "Tensor? group, Tensor align, float eta, float linear_scale, float proto_scale, bool fused, "
-    "bool normalize_linear, bool need_features, bool need_linear) -> (Tensor, Tensor, Tensor)",
+    "bool normalize_linear, bool need_features, bool need_linear, str backend) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -87,6 +87,7 @@ def _(
     normalize_linear,
     need_features,
     need_linear,
+    backend,
 ):
     return (
         features.new_empty((), dtype=torch.float32),
@@ -95,18 +96,24 @@ def _(
     )
 
 
-@torch.library.impl("ulfine::_dual_cross_entropy", "cpu")
+@torch.library.impl("ulfine::_dual_cross_entropy", ("cpu", "cuda"))
 def _(*arguments):
-    return _native.dual_cross_entropy(*arguments)
+    *inputs, backend = arguments
+    if backend == "triton":
+        from ulfine_fast.kernels.dual_cross_entropy import dual_cross_entropy_triton
+
+        return dual_cross_entropy_triton(*inputs)
+    return (_cuda if backend == "cuda" else _native).dual_cross_entropy(*inputs)
 
 
 class _DualCrossEntropy(torch.autograd.Function):
     """The op returns the gradients with the loss: recomputing the logits would double the work."""
 
     @staticmethod
-    def forward(ctx, features, linear, targets, prototypes, weights, adjustment, group, align, *options):
+    def forward(ctx, features, linear, targets, prototypes, weights, adjustment, group, align, *rest):
         tensors = features, targets, linear, prototypes, weights, adjustment, group, align
-        ctx.options = *options, *ctx.needs_input_grad[:2]
+        *options, backend = rest
+        ctx.options = *options, *ctx.needs_input_grad[:2], backend
         ctx.dtypes = features.dtype, linear.dtype
         loss, *gradients = torch.ops.ulfine._dual_cross_entropy.default(*tensors, *ctx.options)
         keep(ctx, gradients, tensors)
@@ -148,8 +155,8 @@ def dual_cross_entropy(
     """Weighted sum of the cross-entropies of B rows, differentiable in `features` and `linear`.
 
     Rows of weight 0 and rows with a negative target take no part, so pass strong views with
-    `weights = keep / B_u`. The cpp back end does not compute them, holds logits of a chunk of rows at a time,
-    and computes the gradients along with the loss: a second derivative is not available there.
+    `weights = keep / B_u`. The kernels compute the gradients along with the loss: a second derivative is not
+    available there. The cpp back end holds logits of a chunk of rows at a time, and none of rows without part.
 
     Args:
         features: [B, D] float, any norm up to 1e18, B may be 0 (the loss is then 0).
@@ -165,7 +172,7 @@ def dual_cross_entropy(
         linear_scale, proto_scale: inverse temperatures of the branches, above 0.
         loss_on: "branches" for one cross-entropy per branch, "fused" for one on the fused logits.
         normalize_linear: True for a cosine probe; False uses the rows of `linear` as they are.
-        backend: None (the selected one), "auto", "reference" or "cpp".
+        backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         Scalar loss in nats, float32 (float64 if features or a bank is). NaN if a row that counts is not finite.
@@ -221,12 +228,13 @@ def dual_cross_entropy(
         on_fused(op, loss_on),
         normalize_linear,
     )
-    if choose(op, features, dtype, backend) == "reference":
+    chosen = choose(op, features, dtype, backend)
+    if chosen == "reference":
         return dual_cross_entropy_reference(features, targets, linear, prototypes, *options)
     if not torch.is_grad_enabled():
         # Or the op would compute gradients that nobody asks for.
         features, linear = features.detach(), linear.detach()
-    return _DualCrossEntropy.apply(features, linear, targets, prototypes, *options)
+    return _DualCrossEntropy.apply(features, linear, targets, prototypes, *options, chosen)
 
 
 def on_fused(op: str, loss_on: str) -> bool:

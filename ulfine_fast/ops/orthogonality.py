@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._handover import hand_over, keep
@@ -36,35 +36,39 @@ def orthogonality_reference(prototypes: Tensor) -> Tensor:
     return total.clamp_min(0.0) / (classes * (classes - 1))
 
 
-torch.library.define("ulfine::_orthogonality", "(Tensor prototypes) -> (Tensor, Tensor)")
+torch.library.define("ulfine::_orthogonality", "(Tensor prototypes, str backend) -> (Tensor, Tensor)")
 
 
 @torch.library.register_fake("ulfine::_orthogonality")
-def _(prototypes):
+def _(prototypes, backend):
     return tuple(prototypes.new_empty(size, dtype=torch.float32) for size in ((), prototypes.shape))
 
 
-@torch.library.impl("ulfine::_orthogonality", "cpu")
-def _(prototypes):
-    return _native.orthogonality(prototypes)
+@torch.library.impl("ulfine::_orthogonality", ("cpu", "cuda"))
+def _(prototypes, backend):
+    if backend == "triton":
+        from ulfine_fast.kernels.orthogonality import orthogonality_triton
+
+        return orthogonality_triton(prototypes)
+    return (_cuda if backend == "cuda" else _native).orthogonality(prototypes)
 
 
 class _Orthogonality(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, prototypes):
-        value, gradient = torch.ops.ulfine._orthogonality.default(prototypes)
+    def forward(ctx, prototypes, backend):
+        value, gradient = torch.ops.ulfine._orthogonality.default(prototypes, backend)
         keep(ctx, [gradient], [prototypes])
-        ctx.dtype = prototypes.dtype
+        ctx.dtype, ctx.backend = prototypes.dtype, backend
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         def again(tensors):
-            return torch.ops.ulfine._orthogonality.default(*tensors)[1:]
+            return torch.ops.ulfine._orthogonality.default(*tensors, ctx.backend)[1:]
 
         (gradient,) = hand_over(ctx, grad, again)
-        return gradient.to(ctx.dtype)
+        return gradient.to(ctx.dtype), None
 
 
 def orthogonality(prototypes: Tensor, *, backend: str | None = None) -> Tensor:
@@ -72,7 +76,7 @@ def orthogonality(prototypes: Tensor, *, backend: str | None = None) -> Tensor:
 
     Args:
         prototypes: [C, D] float, C >= 1; rows need not have unit norm. A zero row has cosine 0 with all.
-        backend: None (the selected one), "auto", "reference" or "cpp".
+        backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         Scalar in [0, 1], float32 (float64 for float64 input). Work and memory are those of a C x C or of a
@@ -84,6 +88,7 @@ def orthogonality(prototypes: Tensor, *, backend: str | None = None) -> Tensor:
     _checks.matrix("orthogonality", "prototypes", prototypes)
     if prototypes.shape[0] == 0:
         raise ValueError("orthogonality: prototypes must have at least one class, got [0, D]")
-    if choose("orthogonality", prototypes, working_dtype(prototypes), backend) == "reference":
+    chosen = choose("orthogonality", prototypes, working_dtype(prototypes), backend)
+    if chosen == "reference":
         return orthogonality_reference(prototypes)
-    return _Orthogonality.apply(prototypes)
+    return _Orthogonality.apply(prototypes, chosen)

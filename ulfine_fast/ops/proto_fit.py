@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._rows import ZERO_NORM_SQUARED, unit_rows, without_autocast, working_dtype
@@ -86,18 +86,24 @@ def proto_fit_reference(
 torch.library.define(
     "ulfine::_proto_fit_",
     "(Tensor features, Tensor targets, Tensor histogram, Tensor(a!) textual, Tensor(b!) visual, "
-    "Tensor(c!) seen, Tensor(d!) distribution, float mu, float beta, float gamma) -> ()",
+    "Tensor(c!) seen, Tensor(d!) distribution, float mu, float beta, float gamma, str backend) -> ()",
 )
 
 
 @torch.library.register_fake("ulfine::_proto_fit_")
-def _(features, targets, histogram, textual, visual, seen, distribution, mu, beta, gamma):
+def _(features, targets, histogram, textual, visual, seen, distribution, mu, beta, gamma, backend):
     return None
 
 
-@torch.library.impl("ulfine::_proto_fit_", "cpu")
+@torch.library.impl("ulfine::_proto_fit_", ("cpu", "cuda"))
 def _(*arguments):
-    _native.proto_fit_(*arguments)
+    *inputs, backend = arguments
+    if backend == "triton":
+        from ulfine_fast.kernels.proto_fit import proto_fit_triton_
+
+        proto_fit_triton_(*inputs)
+    else:
+        (_cuda if backend == "cuda" else _native).proto_fit_(*inputs)
     # The kernel writes behind autograd's back: a graph that saved a state tensor must notice.
     torch.autograd.graph.increment_version(arguments[3:7])
 
@@ -131,7 +137,7 @@ def proto_fit(
         mu: largest step towards the visual prototype, in [0, 1].
         beta: share of the old visual prototype in the running mean, in [0, 1].
         gamma: share of the old distribution in the running one, in [0, 1].
-        backend: None (the selected one), "auto", "reference" or "cpp".
+        backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         FittedPrototypes. Classes that no target names keep their textual and visual prototypes bit by bit;
@@ -144,10 +150,11 @@ def proto_fit(
     """
     state = [textual, visual, seen, distribution]
     options = _check(features, targets, histogram, *state, mu, beta, gamma)
-    if choose("proto_fit", features, working_dtype(features, textual), backend) == "reference":
+    chosen = choose("proto_fit", features, working_dtype(features, textual), backend)
+    if chosen == "reference":
         return proto_fit_reference(features, targets, histogram, *state, *options)
     state = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in state]
-    torch.ops.ulfine._proto_fit_.default(features.detach(), targets, histogram, *state, *options)
+    torch.ops.ulfine._proto_fit_.default(features.detach(), targets, histogram, *state, *options, chosen)
     return FittedPrototypes(*state)
 
 
@@ -175,12 +182,13 @@ def proto_fit_(
         if not tensor.is_contiguous():
             raise ValueError(f"proto_fit_: {name} must be contiguous to be written in place")
     with torch.no_grad():
-        if choose("proto_fit", features, working_dtype(features, textual), backend) == "reference":
+        chosen = choose("proto_fit", features, working_dtype(features, textual), backend)
+        if chosen == "reference":
             new = proto_fit_reference(features, targets, histogram, *state, *options)
             for tensor, value in zip(state, new, strict=True):
                 tensor.copy_(value)
             return
-        torch.ops.ulfine._proto_fit_.default(features, targets, histogram, *state, *options)
+        torch.ops.ulfine._proto_fit_.default(features, targets, histogram, *state, *options, chosen)
 
 
 def _check(features, targets, histogram, textual, visual, seen, distribution, mu, beta, gamma):

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._rows import ZERO_NORM_SQUARED, unit_rows, without_autocast, working_dtype
+from ulfine_fast.ops._rows import unit_rows, without_autocast, working_dtype
 
 
 @without_autocast
@@ -56,26 +56,18 @@ def _(features, prototypes, scale, backend):
     if backend == "triton":
         from ulfine_fast.kernels.proto_logits import proto_logits_triton
 
-        return proto_logits_triton(features, prototypes, scale, ZERO_NORM_SQUARED)
-    return _native.proto_logits(features, prototypes, scale)
+        return proto_logits_triton(features, prototypes, scale)
+    return (_cuda if backend == "cuda" else _native).proto_logits(features, prototypes, scale)
 
 
 @torch.library.impl("ulfine::_proto_logits_backward", ("cpu", "cuda"))
 def _(grad, features, prototypes, scale, need_features, need_prototypes, backend):
-    if backend == "cpp":
-        return _native.proto_logits_backward(
-            grad, features, prototypes, scale, need_features, need_prototypes
-        )
-    # The GPU back ends have a forward kernel only: the gradient is the reference's.
-    with torch.enable_grad():
-        leaves = [
-            features.detach().requires_grad_(need_features),
-            prototypes.detach().requires_grad_(need_prototypes),
-        ]
-        logits = proto_logits_reference(*leaves, scale)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = iter(torch.autograd.grad(logits, wanted, grad))
-    return tuple(next(grads).contiguous() if leaf.requires_grad else leaf.new_empty(0) for leaf in leaves)
+    arguments = grad, features, prototypes, scale, need_features, need_prototypes
+    if backend == "triton":
+        from ulfine_fast.kernels.proto_logits import proto_logits_backward_triton
+
+        return proto_logits_backward_triton(*arguments)
+    return (_cuda if backend == "cuda" else _native).proto_logits_backward(*arguments)
 
 
 class _ProtoLogits(torch.autograd.Function):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulfine_fast import _native
+from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
 from ulfine_fast.ops._rows import unit_rows, without_autocast, working_dtype
@@ -102,7 +102,7 @@ def pseudo_label_reference(
 torch.library.define(
     "ulfine::_pseudo_label",
     "(Tensor features, Tensor linear, Tensor prototypes, Tensor threshold, Tensor align, "
-    "Tensor? adjustment, float eta, float linear_scale, float proto_scale, float temperature, bool normalize_linear, SymInt scale_rows) "
+    "Tensor? adjustment, float eta, float linear_scale, float proto_scale, float temperature, bool normalize_linear, SymInt scale_rows, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -121,6 +121,7 @@ def _(
     temperature,
     normalize_linear,
     scale_rows,
+    backend,
 ):
     rows, classes = features.shape[0], linear.shape[0]
     return (
@@ -133,9 +134,14 @@ def _(
     )
 
 
-@torch.library.impl("ulfine::_pseudo_label", "cpu")
+@torch.library.impl("ulfine::_pseudo_label", ("cpu", "cuda"))
 def _(*arguments):
-    return _native.pseudo_label(*arguments)
+    *inputs, backend = arguments
+    if backend == "triton":
+        from ulfine_fast.kernels.pseudo_label import pseudo_label_triton
+
+        return pseudo_label_triton(*inputs)
+    return (_cuda if backend == "cuda" else _native).pseudo_label(*inputs)
 
 
 def pseudo_label(
@@ -156,7 +162,7 @@ def pseudo_label(
 ) -> PseudoLabels:
     """Label, confidence and keep mask of weak views, with the counts and scales that estimators need.
 
-    Never differentiates. The cpp back end holds logits of a chunk of rows at a time.
+    Never differentiates. The cpp back end holds logits of a chunk of rows at a time, the triton back end none.
 
     Args:
         features: [B, D] float; weak views, any norm up to 1e18, B may be 0.
@@ -172,7 +178,7 @@ def pseudo_label(
         normalize_linear: True for a cosine probe; False uses the rows of `linear` as they are.
         scale_rows: rows that `branch_scale` is measured on, from the first; None is all, 0 gives zeros. A
             few dozen of a shuffled batch give the same running mean for a fraction of the work.
-        backend: None (the selected one), "auto", "reference" or "cpp".
+        backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         PseudoLabels. A row whose confidence is not finite (a NaN, or an infinite feature) gets label -1,
@@ -216,11 +222,12 @@ def pseudo_label(
         normalize_linear,
         measured_rows(op, scale_rows, features.shape[0]),
     )
-    if choose(op, features, dtype, backend) == "reference":
+    chosen = choose(op, features, dtype, backend)
+    if chosen == "reference":
         return pseudo_label_reference(*arguments)
     return PseudoLabels(
         *torch.ops.ulfine._pseudo_label.default(
-            *(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+            *(a.detach() if isinstance(a, Tensor) else a for a in arguments), chosen
         )
     )
 

@@ -1,0 +1,87 @@
+"""A bank of class rows that logits are products with: both branches folded into one, or one below the other.
+
+    folded:  e_k = eta * linear_scale * w_k + (1 - eta) * align * proto_scale * t_k
+    stacked: e_k = linear_scale * w_k,  e_{C+k} = proto_scale * t_k
+
+Letters: w linear probe [C, D] (rows of unit norm unless it is a plain one), t unit prototypes [C, D], e bank,
+f factors [2, C] that make logits of the rows of either branch as they are stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ulfine_fast.kernels._rows import block_of, inverse_norm, load_tile, store_tile
+from ulfine_fast.kernels._tiles import row_tile
+
+
+@triton.jit
+def bank_kernel(
+    w_ptr,
+    t_ptr,
+    align_ptr,
+    e_ptr,
+    f_ptr,
+    C,
+    D,
+    eta,
+    linear_scale,
+    proto_scale,
+    NORMALIZE: tl.constexpr,
+    FOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    c, d = block_of(0, ROWS), tl.arange(0, BLOCK_D)
+    w = load_tile(w_ptr, c, d, C, D)
+    t = load_tile(t_ptr, c, d, C, D)
+    w_factor = tl.zeros((ROWS,), tl.float32) + linear_scale
+    if NORMALIZE:
+        w_factor *= inverse_norm(tl.sum(w * w, axis=1))
+    t_factor = proto_scale * inverse_norm(tl.sum(t * t, axis=1))
+    tl.store(f_ptr + c, w_factor, mask=c < C)
+    tl.store(f_ptr + C + c, t_factor, mask=c < C)
+    w *= w_factor[:, None]
+    t *= t_factor[:, None]
+    if FOLD:
+        align = tl.load(align_ptr).to(tl.float32)
+        store_tile(e_ptr, c, d, C, D, eta * w + (1.0 - eta) * align * t)
+    else:
+        store_tile(e_ptr, c, d, C, D, w)
+        store_tile(e_ptr + tl.cast(C, tl.int64) * D, c, d, C, D, t)
+
+
+def bank(
+    linear: Tensor,
+    prototypes: Tensor,
+    align: Tensor,
+    eta: float,
+    linear_scale: float,
+    proto_scale: float,
+    normalize_linear: bool,
+    fold: bool,
+) -> tuple[Tensor, Tensor]:
+    """The bank [C, D], or [2C, D] without `fold`, and the factors [2, C], of contiguous tensors."""
+    classes, dim = linear.shape
+    rows = torch.empty((classes * (1 if fold else 2), dim), dtype=torch.float32, device=linear.device)
+    factors = torch.empty((2, classes), dtype=torch.float32, device=linear.device)
+    tile = row_tile(dim)
+    bank_kernel[(triton.cdiv(classes, tile[0]),)](
+        linear,
+        prototypes,
+        align,
+        rows,
+        factors,
+        classes,
+        dim,
+        float(eta),
+        float(linear_scale),
+        float(proto_scale),
+        normalize_linear,
+        fold,
+        *tile,
+    )
+    return rows, factors
