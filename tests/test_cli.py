@@ -373,3 +373,9 @@ def test_module_runs_as_a_command():
     command = [sys.executable, "-m", "ulfine_fast", "--version"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert output.strip() == ulfine_fast.__version__
+
+
+def test_capture_needs_a_device_and_says_so_before_the_first_step(monkeypatch):
+    monkeypatch.setattr("ulfine_fast.trainer.Batches.__call__", lambda *a: pytest.fail("too late"))
+    result = call("train", *QUICK, "--capture", "--device", "cpu", "--out", "runs/captured", code=1)
+    assert "head must be on a CUDA device, got cpu" in result.output

@@ -39,9 +39,7 @@ class CapturedStep:
         optimizer: torch.optim.Optimizer,
         batch: tuple[Tensor | None, ...],
     ) -> None:
-        device = next(head.parameters()).device
-        if device.type != DEVICE:
-            raise ValueError(f"CapturedStep: head must be on a CUDA device, got {device}")
+        device = device_of(head)
         for group in optimizer.param_groups:
             rate = group["lr"]
             if not isinstance(rate, Tensor) or rate.device != device:
@@ -65,6 +63,14 @@ class CapturedStep:
                 own.copy_(new)
         self.replay()
         return self.result
+
+
+def device_of(head: nn.Module) -> torch.device:
+    """The device of `head`; ValueError if it has no graphs."""
+    device = next(head.parameters()).device
+    if device.type != DEVICE:
+        raise ValueError(f"CapturedStep: head must be on a CUDA device, got {device}")
+    return device
 
 
 def _kind(tensor: Tensor | None) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ulfine_fast.capture import CapturedStep
+from ulfine_fast.capture import CapturedStep, device_of
 from ulfine_fast.checkpoint import (
     CheckpointError,
     digest,
@@ -390,10 +390,10 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another method, schedule or data. ValueError: `capture`
-        without a CUDA device. RuntimeError: 20
-        steps in a row were not finite; the run stops at its next log step or multiple of 20.
+        without a CUDA device. RuntimeError: 20 steps in a row were not finite; the run stops at its next log
+        step or multiple of 20.
     """
-    device = head.linear.device
+    device = device_of(head) if capture else head.linear.device
     optimizer = build_optimizer(head, method, schedule)
     steps = schedule.steps if method.trained else 0
     result = TrainResult()

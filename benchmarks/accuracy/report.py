@@ -31,11 +31,12 @@ Rows = dict[tuple[str, str], dict[int, dict[str, Any]]]  # by cell and seed
 
 def by_method(stage: str) -> dict[str, Rows]:
     found: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
-    wanted = {(m, key(c)) for m, c in (ABLATIONS if stage == "ablation" else choose()).items()}
+    chosen = ABLATIONS if stage == "ablation" else choose()
+    wanted = {(m, key(c)) for m, c in chosen.items()}
     for row in read(stage):
         if (row["method"], row["key"]) in wanted:
             found[row["method"]][row["pool"], row["distribution"]][row["seed"]] = row
-    return found
+    return {method: found[method] for method in chosen}
 
 
 def average(rows: Rows, column: str, pool: str | None = None) -> float:
