@@ -27,7 +27,7 @@ demo: $(READY)  ## Train on the built-in data and write a report
 test: $(READY)  ## Run every test
 	$(BIN)/pytest -q --numprocesses auto --dist loadfile $(ARGS)
 
-bench: $(READY)  ## Time every op and the head step against their rivals (7 minutes)
+bench: $(READY)  ## Time every op and the head step against their rivals (9 minutes)
 	export ULFINE_BENCHMARK_JSON="$${ULFINE_BENCHMARK_JSON:-bench.json}"
 	# The default policy of OpenMP: with sleeping workers two threads would measure how they wake up.
 	unset OMP_WAIT_POLICY
