@@ -17,6 +17,7 @@ import ulfine_fast
 from ulfine_fast import _native, backend, demo, experiment
 from ulfine_fast.cli import app
 from ulfine_fast.config import METHODS, Schedule
+from ulfine_fast.validation import ETAS
 
 QUICK = ["--steps", "30", "--log-every", "10"]
 PICTURES = {"class_counts.png", "per_class_accuracy.png", "pseudo_labels.png", "class_distribution.png"}
@@ -373,6 +374,22 @@ def test_module_runs_as_a_command():
     command = [sys.executable, "-m", "ulfine_fast", "--version"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert output.strip() == ulfine_fast.__version__
+
+
+def test_an_eta_that_is_set_is_not_chosen_again(tmp_path):
+    call("train", *QUICK, "--method", "ulfine_plus", "--set", "eta=0.6", "--out", "runs/set")
+    metrics = strict(tmp_path / "runs/set/metrics.json")
+    assert metrics["eta"] == 0.6
+    assert metrics["configuration"]["method"]["eta_folds"] == 0
+
+
+def test_a_chosen_eta_is_said_and_evaluated(tmp_path):
+    result = call("train", *QUICK, "--method", "ulfine_plus", "--out", "runs/chosen")
+    metrics = strict(tmp_path / "runs/chosen/metrics.json")
+    assert f"eta {metrics['eta']:g}, chosen on 3 folds of the labelled images" in result.output
+    assert metrics["eta"] in ETAS
+    call("evaluate", "runs/chosen")
+    assert strict(tmp_path / "runs/chosen/evaluation.json")["metrics"] == metrics["metrics"]
 
 
 def test_capture_needs_a_device_and_says_so_before_the_first_step(monkeypatch):

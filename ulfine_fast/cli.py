@@ -494,6 +494,9 @@ def _changed(method: Method, settings: list[str]) -> Method:
                 changes[name] = kind(text)
             except ValueError as error:
                 raise ValueError(f"--set {name}: expected {kind.__name__}, got {text!r}") from error
+    if "eta" in changes:
+        # A preset that would choose it takes the one that is given.
+        changes.setdefault("eta_folds", 0)
     return replace(method, **changes)
 
 
