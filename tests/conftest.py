@@ -39,7 +39,7 @@ FENCE = 256
 KERNELS = ("cpp", "triton", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cpp", "cuda")
 # Triton's interpreter takes a hundred times as long, so it gets no shape with more products than this, and so
 # many examples of a property.
-EMULATED = ("triton",)
+INTERPRETED = ("triton",)
 LARGEST_PRODUCT, EXAMPLES = 300_000, 3
 
 
@@ -61,25 +61,25 @@ def _kernels_of(item: pytest.Item) -> set[object]:
     return {parameters.get("kernel"), parameters.get("backend")}
 
 
-def _emulated(item: pytest.Item) -> bool:
-    return bool(_kernels_of(item) & set(EMULATED))
+def _is_interpreted(item: pytest.Item) -> bool:
+    return bool(_kernels_of(item) & set(INTERPRETED))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the shapes that take an emulated kernel too long."""
+    """Leave out the shapes that take an interpreted kernel too long."""
 
     def large(item: pytest.Item) -> bool:
         sizes = [item.callspec.params.get(name, 1) for name in "bcd"]
         return math.prod(sizes) > LARGEST_PRODUCT
 
-    left_out = [item for item in items if _emulated(item) and large(item)]
+    left_out = [item for item in items if _is_interpreted(item) and large(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(autouse=True)
 def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not _emulated(request.node):
+    if not _is_interpreted(request.node):
         yield
         return
     # hypothesis keeps one setting per function, whatever it is parametrised with. To shrink takes minutes here.

@@ -80,7 +80,8 @@ class Method:
     trained: bool = True  # False predicts from the start state (zero-shot)
     # Losses
     adjust_labelled: float = 1.0  # tau of the logit adjustment by the labelled prior, 0 is none
-    adjust_unlabelled: str = "none"  # prior on the strong rows: none, labelled, kept (of kept pseudo-labels), both (their geometric mean)
+    # prior on the strong rows: none, labelled, kept (of kept pseudo-labels), both (their geometric mean)
+    adjust_unlabelled: str = "none"
     unlabelled_weight: float = 1.0  # lambda_u, 0 leaves unlabelled data out
     threshold: float = 0.7  # tau, confidence from which a pseudo-label is kept
     temperature: float = 1.0  # softmax temperature of that confidence

@@ -20,6 +20,7 @@ from ulfine_fast.views import CUTOUT_RATIO, View
 Encode = Literal["all", "split"]
 
 
+# Equal is identical: a comparison of tensors has no truth value.
 @dataclass(frozen=True, eq=False)
 class FeatureData:
     """Everything a head needs, on the CPU. K is the number of copies of a view, D the encoder's width.

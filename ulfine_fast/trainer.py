@@ -240,7 +240,8 @@ def learning_rate(schedule: Schedule, step: int) -> float:
     return schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give the next step this learning rate: in place where it is a tensor, which a captured step reads."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -412,7 +413,7 @@ def train(
     started = time.perf_counter() - result.seconds
     with _bar(result.steps, steps, progress) as bar:
         for step in range(result.steps, steps):
-            _set_learning_rate(optimizer, learning_rate(schedule, step))
+            set_learning_rate(optimizer, learning_rate(schedule, step))
             batch = batches(step)
             log = (step + 1) % schedule.log_every == 0 or step + 1 == steps
             terms = _terms(head, batch, method, classes.log_prior, first=step == 0) if log else None

@@ -111,10 +111,14 @@ class Learner:
         )
         prototypes = self.text
         if recipe.start == "posterior":
-            prototypes = unit(mean + recipe.strength * self.gap * self.text)
+            prototypes = self.labelled_posterior()
             start = prototypes
         self.linear = start.clone().requires_grad_()
         self.textual = prototypes.clone().requires_grad_(recipe.orthogonality_weight > 0)
+
+    def labelled_posterior(self) -> Tensor:
+        """Posterior means of the labelled rows alone, [C, D] unit rows."""
+        return unit(self.labelled_sums + self.recipe.strength * self.gap * self.text)
 
     # Logits
 
@@ -123,6 +127,10 @@ class Learner:
         return self.recipe.linear_scale * x @ weight.T, self.recipe.proto_scale * x @ unit(
             self.textual.detach()
         ).T
+
+    def scales_of(self, branches: tuple[Tensor, Tensor]) -> Tensor:
+        """[2] mean standard deviation over classes of either branch, of the first rows."""
+        return torch.stack([z[: self.recipe.scale_rows].std(-1, correction=0).mean() for z in branches])
 
     def ratio(self) -> float:
         if self.scales is None or self.recipe.alignment == "none":
@@ -155,9 +163,8 @@ class Learner:
         """Label, keep mask and distribution of weak rows."""
         recipe = self.recipe
         branches = self.branches(weak)
-        rows = recipe.scale_rows
         if self.scales is None:
-            self.scales = torch.stack([z[:rows].std(-1, correction=0).mean() for z in branches])
+            self.scales = self.scales_of(branches)
         z = self.fuse(*branches)
         if not recipe.prior_shift:
             p = (z / recipe.temperature).softmax(-1)
@@ -181,7 +188,7 @@ class Learner:
             self.class_confidence += 0.01 * (p.mean(0) - self.class_confidence)
             threshold = self.global_confidence * (self.class_confidence / self.class_confidence.max())[label]
         keep = confidence >= threshold
-        scales = torch.stack([z[:rows].std(-1, correction=0).mean() for z in branches])
+        scales = self.scales_of(branches)
         self.scales = recipe.scale_decay * self.scales + (1.0 - recipe.scale_decay) * scales
         return label, keep, p
 
@@ -319,15 +326,13 @@ def held_out_losses(data: FeatureData, recipe: Recipe, schedule: Schedule) -> di
             )
             learner = Learner(part, alone, short)
             if recipe.fitting == "posterior":
-                fitted = learner.labelled_sums + recipe.strength * learner.gap * learner.text
-                learner.textual = unit(fitted)
+                learner.textual = learner.labelled_posterior()
             optimizer, batches = optimizer_of(learner), Batches(part, alone, short, torch.device("cpu"))
             for number in range(STEPS):
                 optimizer.param_groups[0]["lr"] = learning_rate(short, number)
                 batch = batches(number)
                 with torch.no_grad():
-                    branches = learner.branches(batch.labelled[: recipe.scale_rows])
-                    scales = torch.stack([z.std(-1, correction=0).mean() for z in branches])
+                    scales = learner.scales_of(learner.branches(batch.labelled))
                 old = scales if learner.scales is None else learner.scales
                 learner.scales = SCALE_DECAY * old + (1.0 - SCALE_DECAY) * scales
                 learner.step(batch, None, number, optimizer)
