@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 FORMAT = 1
+CHECKPOINT = "checkpoint.safetensors"  # its name in the folder of a run
 
 
 class CheckpointError(RuntimeError):
@@ -60,7 +61,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(record, allow_nan=False)
-    metadata = {"format": str(FORMAT), "record": text, "digest": _digest_of(tensors, text)}
+    metadata = {"format": str(FORMAT), "record": text, "digest": digest_of(tensors, text)}
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata))
 
@@ -73,7 +74,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if metadata.get("digest") != _digest_of(tensors, metadata.get("record", "")):
+        if metadata.get("digest") != digest_of(tensors, metadata.get("record", "")):
             raise CheckpointError(f"{path}: damaged checkpoint: its digest does not fit its content")
     except (SafetensorError, UnicodeDecodeError) as cause:
         raise CheckpointError(f"{path}: damaged checkpoint: {cause}") from cause
@@ -94,6 +95,7 @@ def first_difference(saved: Any, now: Any, name: str = "") -> str | None:
     return None if saved == now else f"{name}: expected {saved!r}, got {now!r}"
 
 
-def _digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
+def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """32 hexadecimal digits that stand for named tensors and a text."""
     names = "".join(f"{name}={digest(tensors[name])};" for name in sorted(tensors))
     return hashlib.blake2b((names + text).encode(), digest_size=16).hexdigest()

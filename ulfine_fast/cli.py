@@ -22,7 +22,6 @@ from ulfine_fast.config import METHODS, Data, Method, Schedule
 if TYPE_CHECKING:
     from rich.console import Console
 
-CONFIG, EVALUATION = "config.json", "evaluation.json"
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -302,11 +301,11 @@ def train(
     }
     _set_threads(threads)
     _set_deterministic(deterministic)
-    _check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
-    chosen_device = _device(device)
-    from ulfine_fast import experiment, report
+    from ulfine_fast import experiment, report, run_folder
     from ulfine_fast.backend import use_backend
 
+    run_folder.check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
+    chosen_device = _device(device)
     console = _console()
     console.print(f"Back end: {_backend(backend, chosen_device)}")
     console.print(f"Data: {data.dataset} at {data.size} px, encoded the first time, then read from the cache")
@@ -317,7 +316,7 @@ def train(
         )
     )
     console.print(f"Training {method}: {chosen.summary}; {steps if chosen.trained else 0} steps")
-    _claim(run_dir, configuration, resume=resume)
+    run_folder.claim(run_dir, configuration, resume=resume)
     ctx.meta["run_dir"] = run_dir
     with use_backend(backend):
         outcome = experiment.run(
@@ -345,15 +344,18 @@ def evaluate(
 ) -> None:
     """Load the checkpoint of a run, evaluate it on the test set, write evaluation.json."""
     _set_threads(threads)
-    configuration = _read_configuration(run_dir)
+    from ulfine_fast import run_folder
+    from ulfine_fast.checkpoint import CHECKPOINT, load_checkpoint
+    from ulfine_fast.run_folder import CONFIG, EVALUATION
+
+    configuration = run_folder.read_configuration(run_dir)
     try:
         data, method = Data(**configuration["data"]), Method(**configuration["method"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{run_dir / CONFIG}: {error}") from error
     chosen_device = _device(device)
     from ulfine_fast import experiment, report
-    from ulfine_fast.checkpoint import load_checkpoint
-    from ulfine_fast.trainer import CHECKPOINT, build_head, load_head
+    from ulfine_fast.trainer import build_head, load_head
     from ulfine_fast.trainer import evaluate as evaluate_head
 
     if not (run_dir / CHECKPOINT).exists():
@@ -500,30 +502,9 @@ def _changed(method: Method, settings: list[str]) -> Method:
     return replace(method, **changes)
 
 
-def _check_claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Raise unless `run_dir` may become, or is, the folder of `configuration`."""
-    from ulfine_fast.checkpoint import first_difference
-
-    if run_dir.exists() and not run_dir.is_dir():
-        raise FileExistsError(f"{run_dir}: expected a run folder or none, got a file")
-    _check_writable(run_dir)
-    if overwrite:
-        # what is there may be damaged: it is not read
-        return
-    if (run_dir / CONFIG).exists():
-        difference = first_difference(_read_configuration(run_dir), configuration)
-        if difference:
-            raise FileExistsError(
-                f"{run_dir} holds another run: {difference}\nchoose another --out, or --overwrite it"
-            )
-    elif resume:
-        raise FileNotFoundError(f"--resume: expected a run in {run_dir}, got no {CONFIG}")
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        raise FileExistsError(f"{run_dir}: expected a run folder or an empty one, got something else")
-
-
 def _check_demo_folder(out: Path) -> None:
     """Raise unless `out` holds nothing but what an earlier demo left, and can be written."""
+    from ulfine_fast import run_folder
     from ulfine_fast.report import PICTURES
 
     own = {"metrics.json", "predictions.csv", *PICTURES}
@@ -532,43 +513,7 @@ def _check_demo_folder(out: Path) -> None:
     others = sorted(path.name for path in out.iterdir() if path.name not in own) if out.exists() else []
     if others:
         raise FileExistsError(f"{out}: expected an empty folder or that of a demo, got {others[0]} in it")
-    _check_writable(out)
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise early, before minutes of work, where `folder` cannot be written or made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise PermissionError(
-            f"{folder}: expected a folder that can be written, got {there} without that right"
-        )
-
-
-def _claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool) -> None:
-    """Make `run_dir` the folder of `configuration`; checkpoint and evaluation stay only to be resumed."""
-    from ulfine_fast.report import write_json
-    from ulfine_fast.trainer import CHECKPOINT
-
-    if not resume:
-        for name in (CHECKPOINT, EVALUATION):
-            (run_dir / name).unlink(missing_ok=True)
-    write_json(run_dir / CONFIG, configuration)
-
-
-def _read_configuration(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{run_dir}: expected the folder of a run, got no {CONFIG} in it")
-    try:
-        configuration = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}") from error
-    if not isinstance(configuration, dict):
-        raise ValueError(f"{path}: expected an object, got {type(configuration).__name__}")
-    missing = {"data", "name", "method", "schedule"} - set(configuration)
-    if missing:
-        raise ValueError(f"{path}: expected {', '.join(sorted(missing))}, got none")
-    return configuration
+    run_folder.check_writable(out)
 
 
 def _print_metrics(console: Console, metrics: dict[str, dict[str, Any]], title: str) -> None:

@@ -208,3 +208,91 @@ class Schedule:
         _at_least(self, 0, "steps", "unlabelled_batch", "weight_decay", "seed")
         _above_zero(self, "labelled_batch", "log_every", "learning_rate")
         _one_of(self, "optimizer", ("sgd", "adamw"))
+
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Which images an encoder is tuned on: exactly one of a data set by name, folders, and a table.
+
+    Of a data set a long-tailed split is drawn, as `Data` describes it. Raises ValueError for none or two of the three
+    and for a number outside its range.
+    """
+
+    dataset: str | None = None  # a name of `images.DATASETS`
+    protocol: str = "acr"
+    labelled_largest: int = 150
+    unlabelled_largest: int = 300
+    imbalance: float = 100.0
+    unlabelled_imbalance: float | None = None
+    distribution: str = "consistent"  # order of the unlabelled counts: consistent, uniform, reversed
+    class_order: str = "index"
+    labelled: str | None = None  # folder with one folder of images for each class
+    unlabelled: str | None = None  # folder of images, however nested
+    test: str | None = None  # folder like `labelled`
+    table: str | None = None  # CSV, TSV or Parquet file with the columns path, label, split
+    root: str | None = None  # folder that the paths of the table start from, None: the folder of the table
+    seed: int = 0  # of the split
+
+    def __post_init__(self) -> None:
+        named = {"a data set": self.dataset, "folders": self.labelled, "a table": self.table}
+        given = [name for name, value in named.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"expected one of a data set, folders and a table, got {' and '.join(given) or 'none'}"
+            )
+        if self.labelled is not None and self.test is None:
+            raise ValueError("folders need labelled and test images, got no test folder")
+        if self.labelled is None and (self.unlabelled or self.test):
+            raise ValueError("folders need labelled and test images, got no labelled folder")
+        _at_least(self, 0, "labelled_largest", "unlabelled_largest", "seed")
+        _at_least(self, 1, "imbalance")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Which encoder is tuned and how classes get their first prototypes; see `towers.load_tower`."""
+
+    model: str = "lite0"
+    pretrained: str | None = None  # tag of open_clip's weights, or the path of a checkpoint
+    space: str = "joint"  # of the features: "joint", or "visual", before CLIP's projection (LIFT)
+    size: int | None = None  # side of the input in pixels, None: the model's own
+    templates: tuple[str, ...] | None = None  # of the class names, None: the model's own
+    compile: bool = False  # torch.compile the image tower
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+
+    def __post_init__(self) -> None:
+        _one_of(self, "space", ("joint", "visual"))
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How an encoder is tuned together with a head. What no source is named for is our choice."""
+
+    tuning: str = "adaptformer"  # what of the encoder is trained, see `tuning.TUNINGS`
+    width: int | None = None  # of its modules, None: see `tuning.tune`
+    blocks: int | None = None  # only so many of the last blocks are tuned, None: see `tuning.tune`
+    pipeline: str = "finessl"  # augmentations, see `augment.PIPELINES`
+    steps: int = 5000
+    labelled_batch: int = 32  # B_l, images of all processes and parts together (FineSSL)
+    unlabelled_batch: int = 224  # B_u, 7 B_l (FixMatch, LoFT)
+    parts: int = 1  # of a batch, one after the other in the memory of a device; gradients add up
+    optimizer: str = "sgd"  # "sgd" (momentum 0.9; LIFT) or "adamw"
+    learning_rate: float = 0.01  # at the start; cosine to 0, per step (LIFT, LoFT)
+    weight_decay: float = 5e-4  # (LIFT)
+    precision: str = "fp32"  # of the encoder's products: "fp32", "bf16" or "fp16"; weights stay float32
+    ema: float = 0.0  # share of the old weights in their running mean, which is what is evaluated; 0 is none
+    look_ahead: bool = False  # pseudo-labels of a step from the weights of the step before
+    seed: int = 0  # of batches and views
+    log_every: int = 50  # steps between two records of the history
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "steps", "unlabelled_batch", "weight_decay", "seed")
+        _at_least(self, 1, "labelled_batch", "parts", "log_every")
+        _above_zero(self, "learning_rate")
+        _one_of(self, "optimizer", ("sgd", "adamw"))
+        _one_of(self, "precision", PRECISIONS)
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")

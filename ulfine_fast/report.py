@@ -132,14 +132,14 @@ def save_class_distribution(
     estimates: Mapping[str, Sequence[float]],
     note: str = "",
 ) -> None:
-    """Shares [C] of the classes: truth of the unlabelled images, labelled prior, P_u of each method."""
+    """Shares [C] of the classes: truth of the unlabelled images if it is known, labelled prior, P_u of each method."""
     with _figure(path, (9, 4.5)) as figure:
         axes = figure.subplots()
         places = np.arange(len(class_names))
-        for counts, offset, colour, name in (
-            (labelled, -0.2, "#b3b3b3", "labelled images"),
-            (truth, 0.2, "#e0c98f", "unlabelled images (truth)"),
-        ):
+        bars = [(labelled, -0.2, "#b3b3b3", "labelled images")]
+        if truth is not None:
+            bars.append((truth, 0.2, "#e0c98f", "unlabelled images (truth)"))
+        for counts, offset, colour, name in bars:
             axes.bar(places + offset, 100 * _shares(counts), 0.38, color=colour, label=name)
         for name, estimate in estimates.items():
             axes.plot(places, 100 * _shares(estimate), label=f"$P_u$ of {name}", **method_style(name))
@@ -172,12 +172,13 @@ def save_pictures(
     save_per_class_accuracy(paths[1], class_names, accuracy, note)
     if curves:
         save_pseudo_labels(paths[2], curves, note)
+    if estimates:
         save_class_distribution(paths[3], class_names, truth, labelled, estimates, note)
-        return list(PICTURES)
-    for path in paths[2:]:
-        # an earlier run in the same folder may have left one
-        path.unlink(missing_ok=True)
-    return list(PICTURES[:2])
+    for path, drawn in ((paths[2], curves), (paths[3], estimates)):
+        if not drawn:
+            # an earlier run in the same folder may have left one
+            path.unlink(missing_ok=True)
+    return [path.name for path in paths if path.exists()]
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -186,13 +187,16 @@ def write_json(path: Path, record: Any) -> None:
         temporary.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_predictions(path: Path, truth: Any, predictions: Mapping[str, tuple[Any, Any]]) -> None:
-    """CSV of the test images: index, truth, then prediction and confidence of each method.
+def write_predictions(
+    path: Path, truth: Any, predictions: Mapping[str, tuple[Any, Any]], *, names: Sequence[str] | None = None
+) -> None:
+    """CSV of the test images: index or name, truth, then prediction and confidence of each method.
 
-    predictions: name -> (label [N], confidence [N]). Classes are numbers, confidences have 4 decimals.
+    predictions: name -> (label [N], confidence [N]). names: of the images [N], None numbers them. Classes are numbers,
+    confidences have 4 decimals.
     """
-    header = ["index", "truth"]
-    columns: list[list[Any]] = [list(range(len(truth))), np.asarray(truth).tolist()]
+    header = ["index" if names is None else "image", "truth"]
+    columns: list[list[Any]] = [list(names or range(len(truth))), np.asarray(truth).tolist()]
     for name, (label, confidence) in predictions.items():
         header += [f"{name}_prediction", f"{name}_confidence"]
         columns += [np.asarray(label).tolist(), [f"{x:.4f}" for x in np.asarray(confidence).tolist()]]

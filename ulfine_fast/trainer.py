@@ -21,13 +21,14 @@ from torch.nn import functional as F
 
 from ulfine_fast.capture import CapturedStep, device_of
 from ulfine_fast.checkpoint import (
+    CHECKPOINT,
     CheckpointError,
     digest,
     first_difference,
     load_checkpoint,
     save_checkpoint,
 )
-from ulfine_fast.config import Method, Schedule
+from ulfine_fast.config import FineTuning, Method, Schedule
 from ulfine_fast.head import DualHead
 from ulfine_fast.metrics import classification_metrics, pseudo_label_metrics
 from ulfine_fast.splits import groups_by_rank
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from ulfine_fast.state import PrototypeState
 
 LOGGER = logging.getLogger(__name__)
-CHECKPOINT = "checkpoint.safetensors"
 MOMENTUM = 0.9
 # A class without labelled images has log 1e-12 for its prior; an adjustment by kept pseudo-labels is milder.
 SMALLEST_PRIOR = 1e-12
@@ -219,13 +219,18 @@ def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch
     a gradient and they are left out. On a CUDA device the learning rate is a tensor there, so that a captured
     step reads it.
     """
-    rate = schedule.learning_rate
-    if head.linear.is_cuda:
-        rate = torch.tensor(rate, device=head.linear.device)
     groups = [{"params": [head.linear], "weight_decay": schedule.weight_decay}]
     if method.orthogonality_weight:
         groups.append({"params": [head.state.textual], "weight_decay": 0.0})
-    if schedule.optimizer == "adamw":
+    return fused_optimizer(groups, schedule.optimizer, schedule.learning_rate)
+
+
+def fused_optimizer(groups: list[dict[str, Any]], kind: str, rate: float) -> torch.optim.Optimizer:
+    """Fused "sgd" (momentum 0.9) or "adamw" over `groups`, which skips a step where its `found_inf` is not 0."""
+    device = groups[0]["params"][0].device
+    if device.type == "cuda":
+        rate = torch.tensor(rate, device=device)
+    if kind == "adamw":
         return torch.optim.AdamW(groups, lr=rate, fused=True)
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, fused=True)
     for group in optimizer.param_groups:
@@ -235,7 +240,7 @@ def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch
     return optimizer
 
 
-def learning_rate(schedule: Schedule, step: int) -> float:
+def learning_rate(schedule: Schedule | FineTuning, step: int) -> float:
     """Cosine from `schedule.learning_rate` at step 0 to 0 at `schedule.steps`."""
     return schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
 
@@ -411,7 +416,7 @@ def train(
 
     captured = None
     started = time.perf_counter() - result.seconds
-    with _bar(result.steps, steps, progress) as bar:
+    with progress_bar(result.steps, steps, progress) as bar:
         for step in range(result.steps, steps):
             set_learning_rate(optimizer, learning_rate(schedule, step))
             batch = batches(step)
@@ -451,7 +456,8 @@ def train(
     return result
 
 
-def _bar(start: int, steps: int, progress: bool) -> Any:
+def progress_bar(start: int, steps: int, progress: bool) -> Any:
+    """A tqdm bar over steps, on a terminal and if `progress`; otherwise one that shows nothing."""
     from tqdm import tqdm
 
     # None asks tqdm to draw on a terminal only
@@ -545,8 +551,7 @@ def _save(
     result: TrainResult,
 ) -> None:
     tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{slot}": tensor for slot, tensor in slots.items()}
+    tensors |= optimizer_tensors(optimizer)
     tensors["skips"] = skips
     record = {**identity, "steps": result.steps, "seconds": result.seconds, "history": result.history}
     save_checkpoint(path, tensors, record)
@@ -560,6 +565,22 @@ def _restore(
     if difference:
         raise CheckpointError(f"{path} belongs to another run: {difference}")
     load_head(head, tensors)
+    load_optimizer(optimizer, tensors)
+    skips.copy_(tensors["skips"])
+    return TrainResult(record["history"], record["seconds"], record["steps"])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of `optimizer` by names "optimizer.PARAMETER.SLOT", for a checkpoint."""
+    return {
+        f"optimizer.{index}.{slot}": tensor
+        for index, slots in optimizer.state_dict()["state"].items()
+        for slot, tensor in slots.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Fill `optimizer` from the tensors of a checkpoint."""
     saved = optimizer.state_dict()
     saved["state"] = {}
     for name, tensor in tensors.items():
@@ -567,8 +588,6 @@ def _restore(
             _, index, slot = name.split(".")
             saved["state"].setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict(saved)
-    skips.copy_(tensors["skips"])
-    return TrainResult(record["history"], record["seconds"], record["steps"])
 
 
 def load_head(head: DualHead, tensors: dict[str, Tensor]) -> None:

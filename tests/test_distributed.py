@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from processes import run_together
+
+from ulfine_fast.distributed import World, gather_rows, world
+
+GATHER = """
+import torch
+from ulfine_fast.distributed import check_equal, gather_rows, process_group, world
+
+here = world()
+with process_group(here, torch.device("cpu")):
+    # part m of process r has the rows 10 m + 5 r + (0, 1)
+    rows = torch.tensor([[10 * m + 5 * here.rank + n for n in range(2)] for m in range(3)])
+    nan = torch.full((3, 2, 4), float("nan") if here.rank else -0.0)
+    ints, halves, masks, empty, floats = gather_rows(
+        [rows, rows.to(torch.bfloat16)[..., None] / 8, rows % 2 == 0, torch.empty(3, 0, 4), nan], here
+    )
+    print(ints.tolist(), halves.dtype, halves.flatten().tolist() == [x / 8 for x in ints.tolist()])
+    print(masks.tolist() == [x % 2 == 0 for x in ints.tolist()], list(empty.shape))
+    print(floats.isnan().any(1).tolist(), torch.signbit(floats[0]).all().item())
+    check_equal("00ff", here)
+    try:
+        check_equal(f"00f{here.rank}", here)
+    except RuntimeError as error:
+        print(error)
+"""
+
+DEAD = """
+import sys, torch
+from ulfine_fast.distributed import gather_rows, process_group, world
+
+here = world()
+with process_group(here, torch.device("cpu"), timeout=20):
+    gather_rows([torch.zeros(1, 1)], here)
+    if here.rank == 1:
+        sys.exit(3)
+    gather_rows([torch.zeros(1, 1)], here)
+"""
+
+
+def test_one_process_is_its_own_world(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert world() == World(1, 0, 0)
+    assert world().leads
+    rows = torch.arange(12.0).view(3, 2, 2)
+    assert torch.equal(gather_rows([rows], World())[0], rows.view(6, 2))
+
+
+def test_half_a_world_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="expected WORLD_SIZE, RANK, LOCAL_RANK of torchrun, got no RANK"):
+        world()
+
+
+def test_rows_of_all_processes_come_back_in_the_order_of_the_batch(tmp_path):
+    ended = run_together(GATHER, 2, folder=tmp_path)
+    for process in ended:
+        assert process.code == 0, process.error
+        assert process.out.splitlines() == [
+            "[0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26] torch.bfloat16 True",
+            "True [0, 4]",
+            f"{[False, False, True, True] * 3} True",
+            "expected the same weights and state in all processes, got others in [1]",
+        ]
+
+
+def test_a_process_that_ended_ends_the_others_with_a_message(tmp_path):
+    ended = run_together(DEAD, 2, folder=tmp_path)
+    assert ended[1].code == 3
+    assert ended[0].code == 1
+    last = ended[0].error.strip().splitlines()[-1].removeprefix("[rank0]: ")
+    assert last.startswith(
+        "ulfine_fast.distributed.ProcessError: process 0 of 2: expected an answer of the others"
+    )
+    assert last.endswith("continue with --resume")
