@@ -11,9 +11,18 @@ from ulfine_fast.splits import make_split
 
 
 def small_data(
-    classes: int = 6, dim: int = 16, seed: int = 0, protocol: str = "usb", copies: int = 2
+    classes: int = 6,
+    dim: int = 16,
+    seed: int = 0,
+    protocol: str = "usb",
+    copies: int = 2,
+    noise: float = 0.3,
+    text_noise: float = 0.2,
 ) -> FeatureData:
-    """FeatureData with 30..3 labelled and 60..6 unlabelled images in `classes` well separated classes."""
+    """FeatureData with 30..3 labelled and 60..6 unlabelled images in `classes` well separated classes.
+
+    `noise` and `text_noise` are standard deviations around the unit class centres: of weak features, and of the text.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def unit(*shape: int) -> torch.Tensor:
@@ -32,16 +41,16 @@ def small_data(
     labelled, unlabelled = (torch.from_numpy(labels[part]) for part in (split.labelled, split.unlabelled))
     test = torch.arange(classes).repeat_interleave(20)
     return FeatureData(
-        labelled=views(labelled, 0.3),
+        labelled=views(labelled, noise),
         labels=labelled,
-        weak=views(unlabelled, 0.3),
-        strong=views(unlabelled, 0.4),
+        weak=views(unlabelled, noise),
+        strong=views(unlabelled, noise + 0.1),
         unlabelled_truth=unlabelled,
-        test=views(test, 0.3)[0],
+        test=views(test, noise)[0],
         test_labels=test,
         validation=None,
         validation_labels=None,
-        prototypes=F.normalize(centres + 0.2 * torch.randn(classes, dim, generator=random), dim=-1),
+        prototypes=F.normalize(centres + text_noise * torch.randn(classes, dim, generator=random), dim=-1),
         class_names=tuple(f"class {k}" for k in range(classes)),
         labelled_counts=torch.from_numpy(split.labelled_counts),
         unlabelled_counts=torch.from_numpy(split.unlabelled_counts),

@@ -1,0 +1,49 @@
+"""A plain head, which learns the frequencies of the classes, beside one that is balanced by logit adjustment."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ulfine_fast.learners.cosine import CosineHead, CosineLearner
+from ulfine_fast.learners.learner import Config, Pseudo, consistency
+from ulfine_fast.learners.running import RunningSum
+from ulfine_fast.losses import cross_entropy
+
+
+class TwoHeads(CosineLearner):
+    """Two text-initialised cosine heads, each with a supervised and an unlabelled loss of its own.
+
+    The plain head learns labelled images by cross-entropy, the balanced one, `head`, with logit adjustment. On strong
+    views the plain head learns `target`, the balanced one `balanced_target`.
+
+    Attributes:
+        accepted: running sum [C] of what `advance` counts of the kept pseudo-labels.
+    """
+
+    def __init__(self, config: Config, prototypes: Tensor, labelled_counts: Tensor, *, seed: int) -> None:
+        super().__init__(config, prototypes, labelled_counts, seed=seed)
+        self.plain = CosineHead(prototypes, config.scale)
+        self.accepted = RunningSum(len(prototypes), window=config.window)
+
+    def labelled_prior(self) -> Tensor:
+        """[C] labelled share of each class; one without labelled images counts as one image.
+
+        The plain head is divided by a prior, and nothing can be divided by 0. Our choice.
+        """
+        counts = self.labelled_counts.clamp_min(1).float()
+        return counts / counts.sum()
+
+    def balanced_target(self, pseudo: Pseudo) -> Tensor:
+        """Target [B_u] int64 of the balanced head, -1 for none; the same as the plain head's unless said otherwise."""
+        return pseudo.target
+
+    def loss(
+        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: float
+    ) -> Tensor:
+        """Supervised and unlabelled loss of both heads."""
+        balanced = pseudo._replace(target=self.balanced_target(pseudo))
+        return (
+            cross_entropy(self.plain(labelled), targets)
+            + consistency(self.plain(strong), rows, pseudo, self.views)
+            + super().loss(labelled, targets, strong, rows, balanced, progress)
+        )
