@@ -103,3 +103,7 @@ class Daso(CosineLearner):
     def branches(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """The linear head, which predicts, and the similarity to the class means."""
         return {"linear": self.logits, "semantic": self.semantic}
+
+    def distribution(self) -> Tensor:
+        """[C] shares of the pseudo-labels that were counted."""
+        return self.predicted.share()

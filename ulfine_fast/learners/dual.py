@@ -59,7 +59,9 @@ DUAL: dict[str, DualConfig] = {name: DualConfig(**vars(method)) for name, method
 
 
 class Dual(Learner):
-    """A `DualHead`; `detail` is the confidence [B_u] and the branch scales of the row's batch [B_u, 2].
+    """A `DualHead`; `detail` is the confidence [B_u] and the spread over classes of the row's branches [B_u, 2].
+
+    The spread is 0 from row `scale_rows` on, which no branch scale is measured on.
 
     Raises ValueError for a config whose eta is still to be chosen, see `validation.settle_eta`.
     """
@@ -88,12 +90,25 @@ class Dual(Learner):
             config.threshold,
             adjustment=weak_adjustment(self.head.state, config),
             temperature=config.temperature,
-            scale_rows=config.scale_rows,
+            scale_rows=0,
         )
-        scales = found.branch_scale.expand(len(weak), 2)
+        spread = self._spread(weak)
         return Pseudo(
-            found.label, config.unlabelled_weight * found.keep, found.label, (found.confidence, scales)
+            found.label, config.unlabelled_weight * found.keep, found.label, (found.confidence, spread)
         )
+
+    def _spread(self, weak: Tensor) -> Tensor:
+        """[B_u, 2] standard deviation over classes of the linear and the text logits.
+
+        By row: `pseudo_label` takes the mean over the first rows, which are others where a batch comes in parts.
+        """
+        head, rows = self.head, weak[: self.config.scale_rows].float()
+        text = proto_logits(rows, head.state.textual, head.scales["proto_scale"])
+        linear = only(head, 1.0)(rows)
+        spread = weak.new_zeros(len(weak), 2, dtype=torch.float32)
+        if len(rows):
+            spread[: len(rows)] = torch.stack([z.std(-1, correction=0) for z in (linear, text)], dim=-1)
+        return spread
 
     def loss(
         self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: float
@@ -139,7 +154,7 @@ class Dual(Learner):
                 state.normalize(finite)
             return
         keep = pseudo.weight > 0
-        confidence, scales = pseudo.detail
+        confidence, spread = pseudo.detail
         state.advance(
             labelled,
             targets,
@@ -150,7 +165,7 @@ class Dual(Learner):
                 keep,
                 self._histogram(pseudo.label),
                 self._histogram(torch.where(keep, pseudo.label, -1)),
-                scales.mean(0),
+                spread[: config.scale_rows].mean(0),
             ),
             self.labelled_counts,
             finite,
@@ -190,3 +205,7 @@ class Dual(Learner):
         if self.config.orthogonality_weight:
             groups.append({"params": [self.head.state.textual], "lr": learning_rate, "weight_decay": 0.0})
         return groups if self.trained else []
+
+    def distribution(self) -> Tensor | None:
+        """[C] P_u."""
+        return self.head.state.distribution if self.semi else None

@@ -124,3 +124,7 @@ class FineSsl(CosineLearner):
     def branches(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """The main head, which predicts, and the auxiliary one."""
         return {"main": self.logits, "auxiliary": self.auxiliary}
+
+    def distribution(self) -> Tensor:
+        """[C] shares of the pseudo-labels that were counted."""
+        return self.accepted.share()

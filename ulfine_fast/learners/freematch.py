@@ -88,3 +88,7 @@ class FreeMatch(CosineLearner):
         self.probabilities.add_(probabilities.sum(0), finite)
         self.confidence.add_(probabilities.max(-1).values.sum(), finite)
         self.predicted.add_(one_hot(label, probabilities.shape[1]).sum(0), finite)
+
+    def distribution(self) -> Tensor:
+        """[C] shares of the running probabilities."""
+        return self.probabilities.share()

@@ -94,6 +94,15 @@ class Learner(nn.Module):
         """[C, D] matrix M with logits = unit(features) @ M', or None where the logits are no such map."""
         return None
 
+    def distribution(self) -> Tensor | None:
+        """[C] what the method takes the class shares of the unlabelled images to be; None where it takes none."""
+        return None
+
+    @property
+    def dim(self) -> int:
+        """D, the width of a feature."""
+        return next(p.shape[1] for p in self.parameters() if p.ndim == 2)
+
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer: matrices decay, scalars do not."""
         parameters = list(self.parameters())

@@ -47,3 +47,7 @@ class TwoHeads(CosineLearner):
             + consistency(self.plain(strong), rows, pseudo, self.views)
             + super().loss(labelled, targets, strong, rows, balanced, progress)
         )
+
+    def distribution(self) -> Tensor:
+        """[C] shares of the pseudo-labels that were counted."""
+        return self.accepted.share()

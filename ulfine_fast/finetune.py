@@ -1,0 +1,452 @@
+"""Fine-tuning of an encoder together with its head, from one readable step to exact resume.
+
+In a step the weak views are encoded without gradient and pseudo-labelled, strong views are made and encoded of the
+kept images alone, and one loss of the labelled and these strong rows moves encoder and head. The rows left out would
+have had gradient zero: the step is the one of the joint batch, with fewer row passes.
+
+Nothing here depends on when, where or on how many processes a run was cut: every random draw is a pure function of
+(seed, role, step, slot), a slot being a place in the batch of all processes, so weights, optimizer, estimators and the
+step number are the whole state of a run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ulfine_fast.checkpoint import (
+    CHECKPOINT,
+    CheckpointError,
+    digest_of,
+    first_difference,
+    load_checkpoint,
+    save_checkpoint,
+)
+from ulfine_fast.config import FineTuning
+from ulfine_fast.distributed import World, average_gradients, check_equal, gather_rows, take_from_first
+from ulfine_fast.learners import Learner, Pseudo
+from ulfine_fast.metrics import pseudo_label_metrics
+from ulfine_fast.splits import groups_by_rank
+from ulfine_fast.trainer import (
+    MOST_SKIPS,
+    TrainResult,
+    fused_optimizer,
+    learning_rate,
+    load_optimizer,
+    optimizer_tensors,
+    progress_bar,
+    set_learning_rate,
+)
+
+LOGGER = logging.getLogger(__name__)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Numbers of rows that a GPU sees: few of them, so that compiled towers and library kernels find their sizes again.
+GPU_BUCKET = 16
+# Of the scale of float16 gradients: torch.amp.GradScaler's defaults.
+FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
+
+
+class Views(Protocol):
+    """Where the images of a step come from; a request is made early and its answer called for late.
+
+    A slot is a place in the batch of all processes and parts; what is in it depends on seed, step and slot alone.
+    """
+
+    unlabelled_truth: Tensor  # [n_u] int64, -1 unknown; for reports
+    unlabelled_is_labelled: Tensor  # [n_u] bool
+
+    def labelled(self, step: int, slots: range) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Images [n, ...] and their targets [n] int64."""
+
+    def weak(self, step: int, slots: range) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Weak views [n, ...] and the places [n] int64 of the images among the unlabelled ones."""
+
+    def strong(self, step: int, slots: list[int], views: int) -> Callable[[], Tensor]:
+        """So many strong views of each image, [views, n, ...]; asked for once, when the weak views are there."""
+
+
+class Part(NamedTuple):
+    """One part of a batch after its pseudo-labels are known."""
+
+    labelled: Callable[[], tuple[Tensor, Tensor]]
+    weak: Tensor  # [B_u, D] features
+    places: Tensor  # [B_u] int64 among the unlabelled images
+    pseudo: Pseudo
+    rows: Tensor  # [n] int64, rows of `pseudo` whose strong views are encoded
+
+
+class Look(NamedTuple):
+    """A batch after its pseudo-labels are known."""
+
+    parts: list[Part]
+    strong: Callable[[], Tensor] | None  # views [V, n, ...] of the kept rows of all parts, None without any
+
+
+class StepReport(NamedTuple):
+    """What a step says of itself."""
+
+    loss: Tensor  # [] of this process, nats
+    finite: Tensor  # [] bool; False: the step changed nothing
+    label: Tensor  # [B_u] int64 pseudo-labels of all processes
+    keep: Tensor  # [B_u] bool
+    truth: Tensor  # [B_u] int64, -1 unknown
+    rows: tuple[int, int]  # rows of this process: encoded, and of these with gradient
+
+
+class Student(nn.Module):
+    """Encoder and learner as one module with one loss."""
+
+    def __init__(self, tower: nn.Module, learner: Learner, precision: str = "fp32") -> None:
+        super().__init__()
+        self.tower, self.learner = tower, learner
+        self.dtype = DTYPES[precision]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features float32 [B, D]."""
+        count = len(images)
+        if images.is_cuda and count % GPU_BUCKET:
+            images = torch.cat([images, images[:1].expand(-count % GPU_BUCKET, *images.shape[1:])])
+        half = self.dtype != torch.float32
+        with torch.autocast(images.device.type, self.dtype, enabled=half):
+            return self.tower(images)[:count].float()
+
+    def forward(
+        self, images: Tensor, targets: Tensor, rows: Tensor, pseudo: Pseudo, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of labelled images and, behind them, strong views; and the labelled features without gradient."""
+        features = self.encode(images)
+        labelled, strong = features[: len(targets)], features[len(targets) :]
+        return self.learner.loss(labelled, targets, strong, rows, pseudo, progress), labelled.detach()
+
+
+class Engine:
+    """A run in one process: its step and its state."""
+
+    def __init__(self, student: Student, views: Views, schedule: FineTuning, world: World) -> None:
+        shares = world.size * schedule.parts
+        for name in ("labelled_batch", "unlabelled_batch"):
+            size = getattr(schedule, name)
+            if size % shares:
+                raise ValueError(
+                    f"{name} must be a multiple of processes x parts, {world.size} x {schedule.parts}, got {size}"
+                )
+        self.student, self.views, self.schedule, self.world = student, views, schedule, world
+        self.learner = student.learner
+        self.semi = bool(self.learner.semi and schedule.unlabelled_batch and len(views.unlabelled_truth))
+        self.device = next(student.learner.parameters()).device
+        self.weights = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        tower = [p for name, p in self.weights.items() if name.startswith("tower.")]
+        rates = schedule.learning_rate, schedule.weight_decay
+        groups = [{"params": tower, "weight_decay": rates[1]}] if tower else []
+        self.optimizer = fused_optimizer(
+            [*groups, *self.learner.groups(*rates)], schedule.optimizer, rates[0]
+        )
+        self.mean_weights = (
+            {name: p.detach().clone() for name, p in self.weights.items()} if schedule.ema else {}
+        )
+        self.scale = torch.tensor(FIRST_SCALE if schedule.precision == "fp16" else 1.0, device=self.device)
+        self.scale_age = torch.zeros((), dtype=torch.int32, device=self.device)
+        for p in self.weights.values():
+            # a loss that does not touch a parameter leaves it a gradient of zero, on one process as on several
+            p.grad = torch.zeros_like(p)
+        take_from_first(list(tuned_tensors(student).values()), world)
+        self.asked: dict[int, list[tuple[Any, Any]]] = {}
+        self.ahead: Look | None = None
+
+    def slots(self, batch: int, part: int) -> range:
+        """Places of this process in part `part` of a batch of `batch`."""
+        size = batch // (self.world.size * self.schedule.parts)
+        start = (part * self.world.size + self.world.rank) * size
+        return range(start, start + size)
+
+    def ask(self, step: int) -> list[tuple[Any, Any]]:
+        """Requests for labelled and weak views of `step`, part by part."""
+        if step not in self.asked and step < self.schedule.steps:
+            self.asked[step] = [
+                (
+                    self.views.labelled(step, self.slots(self.schedule.labelled_batch, part)),
+                    self.views.weak(step, self.slots(self.schedule.unlabelled_batch, part))
+                    if self.semi
+                    else None,
+                )
+                for part in range(self.schedule.parts)
+            ]
+        return self.asked.get(step, [])
+
+    @torch.no_grad()
+    def look(self, step: int) -> Look:
+        """Pseudo-labels of the batch of `step`; strong views of the kept rows are asked for."""
+        requests = self.ask(step)
+        del self.asked[step]
+        self.ask(step + 1)
+        progress = step / self.schedule.steps
+        if not self.semi:
+            weak = torch.empty(0, self.learner.dim, device=self.device)
+            none = torch.empty(0, dtype=torch.int64, device=self.device)
+            pseudo = self.learner.pseudo(weak, progress)
+            return Look([Part(labelled, weak, none, pseudo, none) for labelled, _ in requests], None)
+        answers = [weak() for _, weak in requests]
+        features = [self.student.encode(images) for images, _ in answers]
+        if step == 0:
+            self.learner.start(gather_rows([torch.stack(features)], self.world)[0])
+        parts, kept = [], []
+        for part, (labelled, _) in enumerate(requests):
+            pseudo = self.learner.pseudo(features[part], progress)
+            rows = pseudo.weight.nonzero().flatten()
+            slots = self.slots(self.schedule.unlabelled_batch, part)
+            kept += [slots[row] for row in rows.tolist()]
+            parts.append(Part(labelled, features[part], answers[part][1], pseudo, rows))
+        return Look(parts, self.views.strong(step, kept, self.learner.views) if kept else None)
+
+    def step(self, step: int, *, alone: bool = True) -> StepReport:
+        """One step; with `alone` no work for the next one is done that a checkpoint would have to hold.
+
+        A loss or a gradient that is not finite leaves weights, optimizer and estimators as they were.
+        """
+        look, self.ahead = self.ahead or self.look(step), None
+        if self.schedule.look_ahead and not alone and step + 1 < self.schedule.steps:
+            self.ahead = self.look(step + 1)
+        set_learning_rate(self.optimizer, learning_rate(self.schedule, step))
+        self.optimizer.zero_grad(set_to_none=False)
+        strong = None if look.strong is None else look.strong()
+        losses, columns, encoded, trained, start = [], [], 0, 0, 0
+        for part in look.parts:
+            images, labels = part.labelled()
+            rows, stop = part.rows, start + len(part.rows)
+            if stop > start:
+                images = torch.cat([images, strong[:, start:stop].flatten(0, 1)])
+                # view by view, as the images
+                rows = rows.repeat(len(strong))
+            start = stop
+            loss, features = self.student(images, labels, rows, part.pseudo, step / self.schedule.steps)
+            (loss * (self.scale / len(look.parts))).backward()
+            losses.append(loss.detach())
+            columns.append((features, labels, part.weak, part.places, *part.pseudo[:3], *part.pseudo.detail))
+            encoded += len(part.weak) + len(images)
+            trained += len(images)
+        finite = self._update()
+
+        # all rows of the batch, so that every process has the same state
+        rows = [torch.stack(column) for column in zip(*columns, strict=True)]
+        features, labels, weak, places, *flat = gather_rows(rows, self.world)
+        pseudo = Pseudo(*flat[:3], tuple(flat[3:]))
+        copies = self.views.unlabelled_is_labelled[places]
+        self.learner.advance(features, labels, weak, pseudo, finite, copies)
+        if self.mean_weights:
+            share = torch.where(finite, 1.0 - self.schedule.ema, 0.0)
+            weights = [p.detach() for p in self.weights.values()]
+            torch._foreach_lerp_(list(self.mean_weights.values()), weights, float(share))
+        return StepReport(
+            torch.stack(losses).mean(),
+            finite,
+            pseudo.label,
+            pseudo.weight > 0,
+            self.views.unlabelled_truth[places],
+            (encoded, trained),
+        )
+
+    def _update(self) -> Tensor:
+        """One step of the optimizer; [] bool, whether its gradients were finite."""
+        average_gradients(list(self.weights.values()), self.world)
+        gradients = [p.grad for p in self.weights.values()]
+        found_inf = torch.zeros((), device=self.device)
+        # Gradients are equal in all processes, so all of them decide alike.
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self.scale.reciprocal())
+        # Fused optimizers read this flag and then do nothing.
+        self.optimizer.found_inf = found_inf
+        self.optimizer.step()
+        if self.schedule.precision == "fp16":
+            torch._amp_update_scale_(self.scale, self.scale_age, found_inf, GROWTH, BACKOFF, GROWTH_STEPS)
+        return found_inf == 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a continued run needs, by name. Frozen weights of the tower are not part of it."""
+        tensors = tuned_tensors(self.student)
+        tensors |= {f"mean.{name}": tensor for name, tensor in self.mean_weights.items()}
+        tensors |= {"scale": self.scale, "scale_age": self.scale_age}
+        return tensors | optimizer_tensors(self.optimizer)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from `tensors` of a checkpoint."""
+        load_tuned_tensors(self.student, tensors)
+        load_optimizer(self.optimizer, dict(tensors))
+        self.scale.copy_(tensors["scale"])
+        self.scale_age.copy_(tensors["scale_age"])
+        for name, tensor in self.mean_weights.items():
+            tensor.copy_(tensors[f"mean.{name}"])
+
+
+def tuned_tensors(student: Student) -> dict[str, Tensor]:
+    """Everything of `student` that training changes, by name and not copied."""
+    frozen = {name for name, p in student.tower.named_parameters(prefix="tower") if not p.requires_grad}
+    return {name: tensor for name, tensor in student.state_dict().items() if name not in frozen}
+
+
+@torch.no_grad()
+def load_tuned_tensors(student: Student, tensors: Mapping[str, Tensor], *, averaged: bool = False) -> None:
+    """Fill `student` from the tensors of a checkpoint, with `averaged` from the mean weights where it has them.
+
+    Raises CheckpointError, before anything is written, when it is of another encoder, tuning or method.
+    """
+    places = tuned_tensors(student)
+    for name, place in places.items():
+        if name not in tensors or tensors[name].shape != place.shape:
+            got = list(tensors[name].shape) if name in tensors else "none"
+            raise CheckpointError(f"expected {name} {list(place.shape)} in the checkpoint, got {got}")
+    for name, place in places.items():
+        place.copy_(tensors.get(f"mean.{name}", tensors[name]) if averaged else tensors[name])
+
+
+def finetune(
+    student: Student,
+    views: Views,
+    labelled_counts: np.ndarray,
+    schedule: FineTuning,
+    *,
+    world: World | None = None,
+    identity: Mapping[str, Any] | None = None,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 500,
+    progress: bool = True,
+) -> TrainResult:
+    """Train `student` in place; at the end it holds the mean weights, where the schedule asks for them.
+
+    Args:
+        labelled_counts: [C] labelled images by class, for the groups of the reports.
+        world: the processes of the run; None is this one alone.
+        identity: what a checkpoint must share with the run that continues it, JSON values: method, data, encoder.
+        run_dir: where the first process writes checkpoints, None writes none.
+        resume: continue from the checkpoint in `run_dir` if there is one. The result is bit by bit that of a run
+            without interruption with the same number of processes and threads on the same machine; another number
+            of processes may go on, too, and rounds differently.
+        checkpoint_every: steps between two checkpoints; one more is written at the end.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate, loss (nats,
+        mean of the processes), images_per_second (labelled and unlabelled images of all processes), rows_encoded and
+        rows_trained per step since the last record, skipped, and with unlabelled images pseudo_labels (see
+        `pseudo_label_metrics`, over the steps since the last record) and the learner's `distribution`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another run. ValueError: batches that the processes cannot
+        share. RuntimeError: 20 steps in a row were not finite, or the processes have drifted apart.
+    """
+    world = world or World()
+    engine = Engine(student, views, schedule, world)
+    result = TrainResult()
+    path = None if run_dir is None else Path(run_dir) / CHECKPOINT
+    identity = {**(identity or {}), "schedule": asdict(schedule)}
+    if schedule.look_ahead:
+        # a step after a checkpoint does not look ahead, so that none of that has to be saved
+        identity["checkpoint_every"] = checkpoint_every
+    if resume and path is not None and path.exists():
+        result = _restore(path, identity, engine)
+    few = torch.from_numpy(groups_by_rank(np.asarray(labelled_counts)) == "few").to(engine.device)
+    window = _Window(result.skipped)
+    started = time.perf_counter() - result.seconds
+    with progress_bar(result.steps, schedule.steps, progress and world.leads) as bar:
+        for step in range(result.steps, schedule.steps):
+            done = step + 1
+            saves = path is not None and (done % checkpoint_every == 0 or done == schedule.steps)
+            report = engine.step(step, alone=saves)
+            window.add(report, step)
+            if done % schedule.log_every == 0 or done == schedule.steps:
+                record = window.record(engine, step, few)
+                result.history.append(record)
+                acceptance = record.get("pseudo_labels", {}).get("fused", {}).get("acceptance")
+                kept = {} if acceptance is None else {"kept": f"{acceptance:.0%}"}
+                bar.set_postfix(
+                    loss=f"{record['loss']:.3f}" if record["loss"] is not None else "-", **kept, refresh=False
+                )
+                if world.size > 1:
+                    check_equal(digest_of(engine.tensors()), world)
+            bar.update()
+            result.steps, result.skipped = done, window.skipped
+            if saves and world.leads:
+                result.seconds = time.perf_counter() - started
+                _save(path, identity, engine, result)
+    result.seconds = time.perf_counter() - started
+    if engine.mean_weights:
+        with torch.no_grad():
+            for name, tensor in engine.mean_weights.items():
+                engine.weights[name].copy_(tensor)
+    return result
+
+
+class _Window:
+    """What the steps since the last record said."""
+
+    def __init__(self, skipped: int) -> None:
+        self.skipped, self.in_a_row = skipped, 0
+        self.clear()
+
+    def clear(self) -> None:
+        self.reports: list[StepReport] = []
+        self.started = time.perf_counter()
+
+    def add(self, report: StepReport, step: int) -> None:
+        self.reports.append(report)
+        self.in_a_row = 0 if bool(report.finite) else self.in_a_row + 1
+        self.skipped += self.in_a_row > 0
+        if self.in_a_row >= MOST_SKIPS:
+            raise RuntimeError(
+                f"training stopped at step {step + 1}: the gradient was not finite in {MOST_SKIPS} steps in a row;"
+                " lower the learning rate, or take precision bf16 for fp16"
+            )
+
+    def record(self, engine: Engine, step: int, few: Tensor) -> dict[str, Any]:
+        schedule, world = engine.schedule, engine.world
+        seconds = time.perf_counter() - self.started
+        batch = schedule.labelled_batch + schedule.unlabelled_batch * engine.semi
+        loss = float(gather_rows([self.reports[-1].loss[None, None]], world)[0].mean())
+        encoded, trained = (
+            sum(column) / len(self.reports) for column in zip(*(r.rows for r in self.reports), strict=True)
+        )
+        record = {
+            "step": step + 1,
+            "learning_rate": learning_rate(schedule, step),
+            "loss": loss if math.isfinite(loss) else None,
+            "images_per_second": batch * len(self.reports) / seconds,
+            "rows_encoded": encoded,
+            "rows_trained": trained,
+            "skipped": self.skipped,
+        }
+        if engine.semi:
+            label, keep, truth = (
+                torch.cat([getattr(r, name) for r in self.reports]) for name in ("label", "keep", "truth")
+            )
+            quality = pseudo_label_metrics(label, keep, truth, few)
+            # also where no truth is known
+            quality["acceptance"] = float(keep.float().mean())
+            record["pseudo_labels"] = {"fused": quality}
+            estimate = engine.learner.distribution()
+            if estimate is not None:
+                record["distribution"] = estimate.tolist()
+        self.clear()
+        return record
+
+
+def _save(path: Path, identity: Mapping[str, Any], engine: Engine, result: TrainResult) -> None:
+    record = {**identity, "steps": result.steps, "seconds": result.seconds, "skipped": result.skipped}
+    save_checkpoint(path, engine.tensors(), {**record, "history": result.history})
+
+
+def _restore(path: Path, identity: Mapping[str, Any], engine: Engine) -> TrainResult:
+    tensors, record = load_checkpoint(path)
+    difference = first_difference({name: record.get(name) for name in identity}, identity)
+    if difference:
+        raise CheckpointError(f"{path} belongs to another run: {difference}")
+    engine.load(tensors)
+    return TrainResult(record["history"], record["seconds"], record["steps"], record["skipped"])
