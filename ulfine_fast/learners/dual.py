@@ -155,6 +155,8 @@ class Dual(Learner):
             return
         keep = pseudo.weight > 0
         confidence, spread = pseudo.detail
+        spread = spread[: config.scale_rows]
+        counted = spread.isfinite().all(-1, keepdim=True)
         state.advance(
             labelled,
             targets,
@@ -165,7 +167,7 @@ class Dual(Learner):
                 keep,
                 self._histogram(pseudo.label),
                 self._histogram(torch.where(keep, pseudo.label, -1)),
-                spread[: config.scale_rows].mean(0),
+                torch.where(counted, spread, 0.0).sum(0) / counted.sum().clamp_min(1),
             ),
             self.labelled_counts,
             finite,
