@@ -47,7 +47,9 @@ def student_of(
     method: str = "ulfine", tower: nn.Module | None = None, precision: str = "fp32", **changes
 ) -> Student:
     torch.manual_seed(1)
-    learner = build_learner(replace(LEARNERS[method], **changes), DATA.prototypes, DATA.labelled_counts, seed=0)
+    learner = build_learner(
+        replace(LEARNERS[method], **changes), DATA.prototypes, DATA.labelled_counts, seed=0
+    )
     return Student(SmallTower() if tower is None else tower, learner, precision)
 
 

@@ -496,8 +496,9 @@ def test_the_labelled_loss_of_a_cosine_probe_can_be_chosen(loss):
     torch.testing.assert_close(found, expected)
 
 
-def test_the_branch_scales_of_several_batches_are_averaged():
-    learner, data = built(CONFIGS["ulfine"])
+@pytest.mark.parametrize("scale_rows", [8, 16, 100])
+def test_the_branch_scales_of_a_batch_in_parts_are_those_of_the_whole(scale_rows):
+    learner, data = built(replace(CONFIGS["ulfine"], scale_rows=scale_rows))
     labelled, targets, weak, _ = draw(data, 0, 1)
     learner.start(weak)
     parts = [learner.pseudo(part, 0.0) for part in (weak[:12], weak[12:])]
@@ -505,10 +506,10 @@ def test_the_branch_scales_of_several_batches_are_averaged():
         *(torch.cat(t) for t in zip(*(p[:3] for p in parts), strict=True)),
         tuple(torch.cat(t) for t in zip(*(p.detail for p in parts), strict=True)),
     )
-    mean = sum(p.detail[1][0] for p in parts) / 2
+    whole = learner.head.pseudo_label(weak, 0.7, scale_rows=scale_rows).branch_scale
     before = learner.head.state.branch_scale.clone()
     learner.advance(labelled, targets, weak, joined, FINITE)
-    torch.testing.assert_close(learner.head.state.branch_scale, 0.99 * before + 0.01 * mean)
+    torch.testing.assert_close(learner.head.state.branch_scale, 0.99 * before + 0.01 * whole)
 
 
 # FreeMatch
