@@ -1,4 +1,4 @@
-"""The command `ulfine-fast`: demo, train, evaluate, info.
+"""The command `ulfine-fast`: demo, train, finetune, evaluate, export, info.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage. Heavy modules are imported by the command that needs them, so
 that help comes at once.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from ulfine_fast.config import METHODS, Data, Method, Schedule
+from ulfine_fast.config import METHODS, PRESETS, Data, Encoder, FineTuning, Images, Method, Schedule
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,8 +27,8 @@ FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "reference", "cpp"]
 DATA, SCHEDULE = Data(), Schedule()
-SETTINGS = [field.name for field in fields(Method) if field.name != "summary"]
-PANEL_DATA, PANEL_TRAINING = "Data", "Training"
+IMAGES, TUNING = Images(dataset=""), FineTuning()
+PANEL_DATA, PANEL_TRAINING, PANEL_ENCODER = "Data", "Training", "Encoder"
 
 
 class _Commands(TyperGroup):
@@ -105,9 +105,23 @@ Threads = Annotated[
 ]
 
 
+def _settings(config: Any) -> list[str]:
+    return [field.name for field in fields(config) if field.name != "summary"]
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
 def _known(name: str) -> str:
     if name not in METHODS:
         raise typer.BadParameter(f"expected one of {', '.join(METHODS)}, got {name!r}")
+    return name
+
+
+def _known_preset(name: str) -> str:
+    if name not in PRESETS:
+        raise typer.BadParameter(f"expected one of {', '.join(PRESETS)}, got {name!r}")
     return name
 
 
@@ -170,7 +184,7 @@ def train(
         typer.Option(
             "--set",
             metavar="FIELD=VALUE",
-            help=f"Change one field of the preset; repeat for more. Fields: {', '.join(SETTINGS)}.",
+            help=f"Change one field of the preset; repeat for more. Fields: {', '.join(_settings(Method))}.",
         ),
     ] = None,
     dataset: Annotated[
@@ -336,49 +350,461 @@ def train(
     console.print(f"Wrote metrics.json, predictions.csv, pictures and the checkpoint to {run_dir}")
 
 
-@app.command(epilog="Example: [bold]ulfine-fast evaluate runs/first[/bold]")
-def evaluate(
-    run_dir: Annotated[Path, typer.Argument(help="Folder that train wrote.", metavar="RUN_DIR")],
+@app.command(
+    epilog="Examples:\n\n"
+    "[bold]ulfine-fast finetune --dataset fashion-mnist-subset --size 96 --steps 150[/bold]\n\n"
+    "[bold]ulfine-fast finetune --labelled cats --unlabelled more --test held-out --model ViT-B-16-quickgelu"
+    " --pretrained openai --precision bf16[/bold]\n\n"
+    "[bold]torchrun --nproc-per-node 8 -m ulfine_fast finetune --table images.csv --model ViT-L-14"
+    " --pretrained weights.safetensors[/bold]",
+)
+def finetune(
+    ctx: typer.Context,
+    method: Annotated[
+        str, typer.Option(callback=_known_preset, metavar="NAME", help=f"Preset: {', '.join(PRESETS)}.")
+    ] = "ulfine",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change one field of the method; repeat for more. An unknown field lists the known ones.",
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Data set to draw a long-tailed split of; an unknown name lists the known ones.",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(
+            "--labelled",
+            "--labeled",
+            metavar="DIR",
+            help="Labelled images, a folder for each class.",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option(
+            "--unlabelled",
+            "--unlabeled",
+            metavar="DIR",
+            help="Unlabelled images, in whatever folders.",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Test images, a folder for each class.", rich_help_panel=PANEL_DATA),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="CSV, TSV or Parquet file with columns path, label, split (train, unlabelled, test).",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder that the paths of the table start from.",
+            show_default="that of the table",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
+    protocol: Annotated[
+        Literal["acr", "daso", "usb"],
+        typer.Option(
+            help="How the split is drawn; in acr every labelled image is an unlabelled one too.",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = IMAGES.protocol,
+    labelled_largest: Annotated[
+        int, typer.Option(min=1, help="Labelled images of the largest class.", rich_help_panel=PANEL_DATA)
+    ] = IMAGES.labelled_largest,
+    unlabelled_largest: Annotated[
+        int, typer.Option(min=0, help="Unlabelled images of the largest class.", rich_help_panel=PANEL_DATA)
+    ] = IMAGES.unlabelled_largest,
+    imbalance: Annotated[
+        float, typer.Option(min=1, help="Largest class / smallest class.", rich_help_panel=PANEL_DATA)
+    ] = IMAGES.imbalance,
+    distribution: Annotated[
+        Literal["consistent", "uniform", "reversed"],
+        typer.Option(
+            help="Order of the unlabelled class sizes against the labelled ones.", rich_help_panel=PANEL_DATA
+        ),
+    ] = IMAGES.distribution,
+    class_order: Annotated[
+        Literal["index", "shuffled"],
+        typer.Option(help="Head to tail by class index, or drawn from the seed.", rich_help_panel=PANEL_DATA),
+    ] = IMAGES.class_order,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="lite0, lite2 (offline), a model of open_clip, timm:NAME, or a folder with a model of open_clip.",
+            rich_help_panel=PANEL_ENCODER,
+        ),
+    ] = "lite0",
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TAG|FILE",
+            help="Its weights: a tag of open_clip or timm, or a checkpoint file.",
+            rich_help_panel=PANEL_ENCODER,
+        ),
+    ] = None,
+    space: Annotated[
+        Literal["joint", "visual"] | None,
+        typer.Option(
+            help="Features of CLIP: after its projection, or before it.",
+            show_default="the method's",
+            rich_help_panel=PANEL_ENCODER,
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Side of the input in pixels.",
+            show_default="the model's",
+            rich_help_panel=PANEL_ENCODER,
+        ),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Prompt with {} for the class name; repeat for an ensemble.",
+            show_default="the model's",
+            rich_help_panel=PANEL_ENCODER,
+        ),
+    ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the encoder.", rich_help_panel=PANEL_ENCODER)
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Less memory: compute activations again in the backward pass.",
+            rich_help_panel=PANEL_ENCODER,
+        ),
+    ] = False,
+    tuning: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What of the encoder is trained: linear_probe (nothing), full, partial, adaptformer, adapter, lora,"
+            " lora_mlp, ssf, bitfit, ln_tune, vpt_shallow, vpt_deep.",
+            show_default="the method's",
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Width or rank of the modules, or number of prompts.",
+            show_default="LIFT's rule",
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tune only so many of the last blocks.",
+            show_default="all",
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Augmentation: lift, lift_plus, finessl, loft, small (32 px).",
+            show_default="the method's",
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Training steps.", show_default=str(TUNING.steps), rich_help_panel=PANEL_TRAINING
+        ),
+    ] = None,
+    labelled_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Labelled images per step, of all processes.",
+            show_default=str(TUNING.labelled_batch),
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = None,
+    unlabelled_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Unlabelled images per step, of all processes.",
+            show_default=str(TUNING.unlabelled_batch),
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = None,
+    parts: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Encode a batch in so many parts: less memory.", rich_help_panel=PANEL_TRAINING
+        ),
+    ] = TUNING.parts,
+    optimizer: Annotated[
+        Literal["sgd", "adamw"], typer.Option(help="sgd has momentum 0.9.", rich_help_panel=PANEL_TRAINING)
+    ] = TUNING.optimizer,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate at the start; a cosine takes it to 0.",
+            show_default="the method's",
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float, typer.Option(min=0, help="Weight decay.", rich_help_panel=PANEL_TRAINING)
+    ] = TUNING.weight_decay,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"],
+        typer.Option(
+            help="Of the encoder's products; weights and head stay float32.", rich_help_panel=PANEL_TRAINING
+        ),
+    ] = TUNING.precision,
+    ema: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Evaluate a running mean of the weights that keeps this share per step; 0: the last weights.",
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = TUNING.ema,
+    look_ahead: Annotated[
+        bool,
+        typer.Option(
+            "--look-ahead",
+            help="Pseudo-labels from the weights of the step before: strong views are made while a step runs.",
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = TUNING.look_ahead,
+    log_every: Annotated[
+        int,
+        typer.Option(min=1, help="Steps between two records of the history.", rich_help_panel=PANEL_TRAINING),
+    ] = TUNING.log_every,
+    crops: Annotated[
+        Literal["single", "five"] | None,
+        typer.Option(help="Views of a test image.", show_default="the method's"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the training.")] = TUNING.seed,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Threads that read images.", show_default="one for each processor, at most 16"
+        ),
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 500,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD-finetuned")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint in the run folder.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run folder of another configuration.")
+    ] = False,
     device: Annotated[Device, typer.Option(help="auto takes CUDA if there is a device.")] = "auto",
+    threads: Threads = 0,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Let torch use deterministic algorithms only.")
+    ] = False,
+) -> None:
+    """Fine-tune an encoder with its head on images; write checkpoint, metrics, predictions and pictures.
+
+    Images come from a data set (--dataset), from folders (--labelled, --unlabelled, --test) or from a table (--table).
+    Under torchrun several processes share every batch.
+    """
+    if resume and overwrite:
+        raise typer.BadParameter("expected --resume or --overwrite, got both")
+    preset = PRESETS[method]
+    given = {
+        "tuning": tuning,
+        "pipeline": pipeline,
+        "steps": steps,
+        "labelled_batch": labelled_batch,
+        "unlabelled_batch": unlabelled_batch,
+        "learning_rate": learning_rate,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        images = Images(
+            dataset=dataset,
+            protocol=protocol,
+            labelled_largest=labelled_largest,
+            unlabelled_largest=unlabelled_largest,
+            imbalance=imbalance,
+            distribution=distribution,
+            class_order=class_order,
+            labelled=_text(labelled),
+            unlabelled=_text(unlabelled),
+            test=_text(test),
+            table=_text(table),
+            root=_text(root),
+            seed=seed,
+        )
+        of_clip = model not in ("lite0", "lite2") and not model.startswith("timm:")
+        encoder = Encoder(
+            model=model,
+            pretrained=pretrained,
+            space=space or (preset.space if of_clip else "joint"),
+            size=size,
+            templates=tuple(template) if template else None,
+            compile=compile_,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        schedule = FineTuning(
+            **{**preset.tuning, **given},
+            width=width,
+            blocks=blocks,
+            parts=parts,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            precision=precision,
+            ema=ema,
+            look_ahead=look_ahead,
+            seed=seed,
+            log_every=log_every,
+        )
+        _set_threads(threads)
+        _set_deterministic(deterministic)
+        from ulfine_fast.learners import LEARNERS
+
+        chosen = _changed(LEARNERS[preset.learner], setting or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    import torch
+
+    from ulfine_fast import image_experiment, report, run_folder
+    from ulfine_fast.distributed import process_group, world
+
+    here, chosen_device = world(), _device(device)
+    run_dir = out or Path("runs") / f"{method}-finetuned"
+    configuration = {
+        "images": asdict(images),
+        "encoder": asdict(encoder),
+        "name": method,
+        "method": asdict(chosen),
+        "schedule": asdict(schedule),
+        "crops": crops or preset.crops,
+    }
+    if chosen_device == "cuda":
+        torch.cuda.set_device(here.local_rank)
+    with process_group(here, torch.device(chosen_device)):
+        if here.leads:
+            run_folder.check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
+        console = _console(quiet=not here.leads)
+        data = image_experiment.load_images(images)
+        console.print(report.split_report(image_experiment.class_rows(data), "Training images"))
+        for note in data.notes:
+            console.print(f"Note: {note}")
+        console.print(
+            f"Fine-tuning {method}: {preset.summary}; {model}, {schedule.tuning}, {schedule.steps} steps on"
+            f" {here.size} x {chosen_device}"
+        )
+        if here.leads:
+            run_folder.claim(run_dir, configuration, resume=resume)
+            ctx.meta["run_dir"] = run_dir
+        outcome = image_experiment.run(
+            data,
+            encoder,
+            chosen,
+            schedule,
+            device=chosen_device,
+            world=here,
+            crops=configuration["crops"],
+            workers=workers,
+            run_dir=run_dir,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+        )
+        if here.leads:
+            image_experiment.write_run(run_dir, configuration, data, outcome)
+    _print_metrics(console, outcome.metrics, f"{method}, {outcome.training.seconds:.1f} s of training")
+    if data.report.summary():
+        console.print(f"Reading: {data.report.summary()}")
+    console.print(
+        f"Weights {outcome.digest}; wrote metrics.json, predictions.csv, pictures and the checkpoint to {run_dir}"
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n[bold]ulfine-fast evaluate runs/first[/bold]\n\n"
+    "[bold]ulfine-fast evaluate runs/ulfine-finetuned --crops five[/bold]"
+)
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="Folder that train or finetune wrote.", metavar="RUN_DIR")],
+    device: Annotated[Device, typer.Option(help="auto takes CUDA if there is a device.")] = "auto",
+    crops: Annotated[
+        Literal["single", "five"] | None,
+        typer.Option(help="Views of a test image, for a run of finetune.", show_default="those of the run"),
+    ] = None,
     threads: Threads = 0,
 ) -> None:
     """Load the checkpoint of a run, evaluate it on the test set, write evaluation.json."""
     _set_threads(threads)
-    from ulfine_fast import run_folder
-    from ulfine_fast.checkpoint import CHECKPOINT, load_checkpoint
-    from ulfine_fast.run_folder import CONFIG, EVALUATION
+    from ulfine_fast import experiment, report, run_folder
 
     configuration = run_folder.read_configuration(run_dir)
-    try:
-        data, method = Data(**configuration["data"]), Method(**configuration["method"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{run_dir / CONFIG}: {error}") from error
     chosen_device = _device(device)
-    from ulfine_fast import experiment, report
-    from ulfine_fast.trainer import build_head, load_head
-    from ulfine_fast.trainer import evaluate as evaluate_head
+    if "images" in configuration:
+        from ulfine_fast import image_experiment
 
-    if not (run_dir / CHECKPOINT).exists():
-        raise FileNotFoundError(f"{run_dir}: expected {CHECKPOINT}, got none; finish it with train --resume")
-    tensors, record = load_checkpoint(run_dir / CHECKPOINT)
-    features = experiment.load_data(data)
-    settled = replace(method, eta=record["method"]["eta"], eta_folds=0)
-    head = build_head(features.prototypes, settled)
-    load_head(head, tensors)
-    head.to(chosen_device)
-    metrics = evaluate_head(head, features.test, features.test_labels, features.labelled_counts)
+        steps, metrics = image_experiment.evaluate_run(
+            run_dir, configuration, device=chosen_device, crops=crops
+        )
+    elif crops:
+        raise ValueError(f"--crops: expected a run of finetune, got {run_dir}, whose features are cached")
+    else:
+        steps, metrics = experiment.evaluate_run(run_dir, configuration, device=chosen_device)
     report.write_json(
-        run_dir / EVALUATION,
-        {
-            **experiment.surroundings(),
-            "units": experiment.UNITS,
-            "steps": record["steps"],
-            "metrics": metrics,
-        },
+        run_dir / run_folder.EVALUATION,
+        {**experiment.surroundings(), "units": experiment.UNITS, "steps": steps, "metrics": metrics},
     )
     console = _console()
-    _print_metrics(console, metrics, f"{configuration['name']} after {record['steps']} steps")
-    console.print(f"Wrote {EVALUATION} to {run_dir}")
+    _print_metrics(console, metrics, f"{configuration['name']} after {steps} steps")
+    console.print(f"Wrote {run_folder.EVALUATION} to {run_dir}")
+
+
+@app.command(epilog="Example: [bold]ulfine-fast export runs/ulfine-finetuned head.safetensors[/bold]")
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Folder that finetune wrote.", metavar="RUN_DIR")],
+    out: Annotated[Path, typer.Argument(help="The file to write, .safetensors.", metavar="FILE")],
+) -> None:
+    """Write the head of a run as one linear layer: logits = weight @ unit(feature).
+
+    The file has weight [C, D], centre [D] for an encoder that has one, and the class names.
+    """
+    from ulfine_fast import image_experiment, run_folder
+
+    configuration = run_folder.read_configuration(run_dir)
+    if "images" not in configuration:
+        raise ValueError(f"{run_dir}: expected a run of finetune, got one on cached features")
+    image_experiment.export_run(run_dir, configuration, out)
+    _console().print(f"Wrote {out}")
 
 
 @app.command(epilog="Example: [bold]ulfine-fast info --json[/bold]")
@@ -429,12 +855,12 @@ def _print_info(record: dict[str, Any]) -> None:
     )
 
 
-def _console() -> Console:
+def _console(*, quiet: bool = False) -> Console:
     from rich.console import Console
 
     # Piped output keeps its tables whole.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
-    return Console(width=width, highlight=False)
+    return Console(width=width, highlight=False, quiet=quiet)
 
 
 def _set_threads(threads: int) -> None:
@@ -477,15 +903,15 @@ def _backend(requested: str, device: str) -> str:
     return f"{name} (cpp is not available: {missing})" if missing else name
 
 
-def _changed(method: Method, settings: list[str]) -> Method:
-    """`method` with FIELD=VALUE settings; ValueError for an unknown field or a value of another type."""
+def _changed(method: Any, settings: list[str]) -> Any:
+    """The config `method` with FIELD=VALUE settings; ValueError for an unknown field or a value of another type."""
     changes: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"--set: expected FIELD=VALUE, got {setting!r}")
-        if name not in SETTINGS:
-            raise ValueError(f"--set: expected one of {', '.join(SETTINGS)}, got {name!r}")
+        if name not in _settings(method):
+            raise ValueError(f"--set: expected one of {', '.join(_settings(method))}, got {name!r}")
         kind = type(getattr(method, name))
         if kind is bool:
             if text not in ("true", "false"):
@@ -496,7 +922,7 @@ def _changed(method: Method, settings: list[str]) -> Method:
                 changes[name] = kind(text)
             except ValueError as error:
                 raise ValueError(f"--set {name}: expected {kind.__name__}, got {text!r}") from error
-    if "eta" in changes:
+    if "eta" in changes and hasattr(method, "eta_folds"):
         # A preset that would choose it takes the one that is given.
         changes.setdefault("eta_folds", 0)
     return replace(method, **changes)

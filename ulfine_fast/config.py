@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ADJUST_UNLABELLED = ("none", "labelled", "kept", "both")
@@ -257,7 +258,8 @@ class Encoder:
 
     model: str = "lite0"
     pretrained: str | None = None  # tag of open_clip's weights, or the path of a checkpoint
-    space: str = "joint"  # of the features: "joint", or "visual", before CLIP's projection (LIFT)
+    # of the features: "joint"; "visual", before CLIP's projection (LIFT)
+    space: str = "joint"
     size: int | None = None  # side of the input in pixels, None: the model's own
     templates: tuple[str, ...] | None = None  # of the class names, None: the model's own
     compile: bool = False  # torch.compile the image tower
@@ -296,3 +298,69 @@ class FineTuning:
         _one_of(self, "precision", PRECISIONS)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method of image training: a learner, and what it changes in the defaults of the records above."""
+
+    learner: str  # a name of `learners.LEARNERS`
+    summary: str
+    tuning: Mapping[str, Any] = field(default_factory=dict)  # fields of `FineTuning`
+    space: str = "joint"  # of the features of an open_clip model; other encoders have one space only
+    crops: str = "single"  # views of a test image: "single" or "five"
+
+
+_LIFT = {"pipeline": "lift"}
+# LIFT+ takes half of LIFT's epochs at twice its rate. A whole encoder needs a smaller rate than a few modules: ours.
+PRESETS: dict[str, Preset] = {
+    "zero_shot": Preset("zero_shot", "text prototypes, no training", {"tuning": "linear_probe", "steps": 0}),
+    "linear_probe": Preset(
+        "linear_probe",
+        "linear probe of the frozen encoder, cross-entropy",
+        {"tuning": "linear_probe", **_LIFT},
+    ),
+    "linear_probe_la": Preset(
+        "linear_probe_la",
+        "linear probe from the text, logit-adjusted (arXiv 2007.07314)",
+        {"tuning": "linear_probe", **_LIFT},
+    ),
+    "full_fine_tune": Preset(
+        "lift",
+        "the whole encoder and a text-initialised cosine head, logit-adjusted",
+        {"tuning": "full", "learning_rate": 1e-3, **_LIFT},
+    ),
+    "lift": Preset(
+        "lift",
+        "AdaptFormer and a text-initialised cosine head, logit-adjusted (arXiv 2309.10019)",
+        _LIFT,
+        "visual",
+    ),
+    "lift_plus": Preset(
+        "lift",
+        "lift with minimalist augmentation and five test crops (LIFT+)",
+        {"pipeline": "lift_plus", "learning_rate": 0.02},
+        "visual",
+        "five",
+    ),
+    "fixmatch": Preset("fixmatch", "pseudo-labels above 0.95 (arXiv 2001.07685)"),
+    "fixmatch_la": Preset("fixmatch_la", "fixmatch with the labelled loss logit-adjusted"),
+    "freematch": Preset("freematch", "self-adaptive thresholds (arXiv 2205.07246)"),
+    "daso": Preset("daso", "blend of linear and semantic pseudo-labels (arXiv 2106.05682)"),
+    "acr": Preset(
+        "acr", "two heads, pseudo-labels adjusted to the unlabelled distribution (ACR, Wei and Gan, 2023)"
+    ),
+    "ccl": Preset("ccl", "two heads, fused with the estimated prior (arXiv 2410.06109)"),
+    "finessl": Preset(
+        "finessl",
+        "balanced margins, weighed by an auxiliary head (arXiv 2405.11756)",
+        {"unlabelled_batch": 32},
+    ),
+    "loft": Preset(
+        "loft", "hard and soft pseudo-labels by confidence (arXiv 2509.09926)", {"pipeline": "loft"}, "visual"
+    ),
+    "ulfine": Preset("ulfine", "prototype adaptive fitting and dual logit fusion (arXiv 2505.05062)"),
+    "ulfine_plus": Preset(
+        "ulfine_plus", "ulfine with posterior prototypes and a cross-validated weight of the probe (ours)"
+    ),
+}

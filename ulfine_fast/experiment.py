@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from ulfine_fast import report
 from ulfine_fast.config import Data, Method, Schedule
 from ulfine_fast.features import FeatureData, load_features
 from ulfine_fast.head import DualHead
+from ulfine_fast.run_folder import CONFIG, load_run
 from ulfine_fast.splits import ClassRow, split_table
-from ulfine_fast.trainer import Predictions, TrainResult, build_head, evaluate, predict, train
+from ulfine_fast.trainer import Predictions, TrainResult, build_head, evaluate, load_head, predict, train
 from ulfine_fast.validation import settle_eta
 
 UNITS = {"accuracy": "fraction of images, 0 to 1", "loss": "nats", "seconds": "s", "std": "sample, n - 1"}
@@ -71,6 +72,25 @@ def run(
     )
     metrics = evaluate(head, data.test, data.test_labels, data.labelled_counts)
     return Outcome(head, training, choosing + training.seconds, metrics, predict(head, data.test))
+
+
+def evaluate_run(
+    run_dir: Path, configuration: Mapping[str, Any], *, device: str = "cpu"
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Steps and metrics by branch of the run in `run_dir`, from its checkpoint.
+
+    Raises FileNotFoundError without a checkpoint, ValueError for a configuration that is not of such a run.
+    """
+    try:
+        choice, method = Data(**configuration["data"]), Method(**configuration["method"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run_dir / CONFIG}: {error}") from error
+    tensors, record = load_run(run_dir)
+    data = load_data(choice)
+    head = build_head(data.prototypes, replace(method, eta=record["method"]["eta"], eta_folds=0))
+    load_head(head, tensors)
+    metrics = evaluate(head.to(device), data.test, data.test_labels, data.labelled_counts)
+    return record["steps"], metrics
 
 
 def split_rows(data: FeatureData) -> list[ClassRow]:

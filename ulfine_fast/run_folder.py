@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ulfine_fast.checkpoint import CHECKPOINT, first_difference
+from ulfine_fast.checkpoint import CHECKPOINT, first_difference, load_checkpoint
 from ulfine_fast.report import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, EVALUATION = "config.json", "evaluation.json"
 
@@ -52,10 +55,19 @@ def read_configuration(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged: {error}") from error
     if not isinstance(configuration, dict):
         raise ValueError(f"{path}: expected an object, got {type(configuration).__name__}")
-    missing = {"data", "name", "method", "schedule"} - set(configuration)
+    missing = {"images" if "images" in configuration else "data", "name", "method", "schedule"} - set(
+        configuration
+    )
     if missing:
         raise ValueError(f"{path}: expected {', '.join(sorted(missing))}, got none")
     return configuration
+
+
+def load_run(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of the checkpoint in `run_dir`; FileNotFoundError where there is none yet."""
+    if not (run_dir / CHECKPOINT).exists():
+        raise FileNotFoundError(f"{run_dir}: expected {CHECKPOINT}, got none; finish the run with --resume")
+    return load_checkpoint(run_dir / CHECKPOINT)
 
 
 def check_writable(folder: Path) -> None:

@@ -1,0 +1,441 @@
+"""One fine-tuning run from its configuration to its metrics: images, encoder, first prototypes, training, reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ulfine_fast import evaluation, report
+from ulfine_fast.augment import Pipeline, build_pipeline, five_crops, test_views
+from ulfine_fast.batches import ImageViews
+from ulfine_fast.checkpoint import digest_of, replacing
+from ulfine_fast.config import PRESETS, Encoder, FineTuning, Images, Schedule
+from ulfine_fast.datasets import dataset_data
+from ulfine_fast.distributed import World, gather_rows
+from ulfine_fast.experiment import UNITS, curve, surroundings
+from ulfine_fast.features import FeatureData
+from ulfine_fast.finetune import Student, finetune, load_tuned_tensors, tuned_tensors
+from ulfine_fast.image_files import folder_data, table_data
+from ulfine_fast.images import ChosenImages, ImageData, ImageSource
+from ulfine_fast.learners import LEARNERS, Config, DualConfig, build_learner
+from ulfine_fast.loader import ViewLoader, default_workers, evaluation_batches
+from ulfine_fast.run_folder import CONFIG, load_run
+from ulfine_fast.splits import ClassRow, groups_by_rank
+from ulfine_fast.towers import Tower, load_tower
+from ulfine_fast.trainer import Predictions, TrainResult
+from ulfine_fast.tuning import tune
+from ulfine_fast.validation import settle_eta
+
+# Training images that the centre of a tower is measured on, and labelled ones of a class whose mean starts its
+# prototype where there is no text (LIFT+).
+CENTRE_IMAGES, MEAN_IMAGES = 1000, 100
+CROPS = ("single", "five")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A fine-tuned student and what it does on the test set."""
+
+    student: Student
+    training: TrainResult
+    metrics: dict[str, dict[str, Any]]  # by branch, the prediction first, see `classification_metrics`
+    predictions: dict[str, Predictions]
+    readable: np.ndarray  # [n_t] bool, the test images that these are of
+    digest: str  # of everything that was trained
+
+
+def load_images(choice: Images) -> ImageData:
+    """The images of `choice`; raises what their builder raises."""
+    if choice.labelled is not None:
+        unlabelled = None if choice.unlabelled is None else Path(choice.unlabelled)
+        return folder_data(Path(choice.labelled), unlabelled, Path(choice.test))
+    if choice.table is not None:
+        return table_data(Path(choice.table), None if choice.root is None else Path(choice.root))
+    return dataset_data(
+        choice.dataset,
+        protocol=choice.protocol,
+        labelled_largest=choice.labelled_largest,
+        unlabelled_largest=choice.unlabelled_largest,
+        imbalance=choice.imbalance,
+        unlabelled_imbalance=choice.unlabelled_imbalance,
+        unlabelled=choice.distribution,
+        class_order=choice.class_order,
+        seed=choice.seed,
+    )
+
+
+def class_rows(data: ImageData) -> list[ClassRow]:
+    """One row for each class, most labelled images first; unlabelled images of an unknown class count as none."""
+    labelled = data.labelled_counts
+    known = data.unlabelled_truth[data.unlabelled_truth >= 0]
+    unlabelled = np.bincount(known, minlength=len(labelled))
+    groups = groups_by_rank(labelled)
+    return [
+        ClassRow(data.class_names[k], int(labelled[k]), int(unlabelled[k]), str(groups[k]))
+        for k in np.argsort(-labelled, kind="stable")
+    ]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How whole sets of images are encoded: the view of each, and the work in the background."""
+
+    views: Callable[..., Tensor]  # picture -> uint8 [K, 3, S, S]
+    workers: int
+    device: torch.device
+    batch_size: int = 64
+    progress: bool = True
+
+    @torch.no_grad()
+    def features(
+        self, encode: Callable[[Tensor], Tensor], source: ImageSource, rows: np.ndarray
+    ) -> tuple[Tensor, np.ndarray]:
+        """Features float32 [n, K, D] on the CPU of images `rows` of `source`, and which could be read, [n] bool."""
+        found, readable = [], []
+        batches = evaluation_batches(
+            ChosenImages(source, rows),
+            self.views,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=self.device,
+            on_unreadable=lambda _: None,
+            progress=self.progress,
+        )
+        for batch in batches:
+            images, views = batch.images.shape[:2]
+            found.append(encode(batch.images.flatten(0, 1)).float().view(images, views, -1).cpu())
+            readable.append(batch.readable)
+        return torch.cat(found), np.concatenate(readable)
+
+
+def _tower(encoder: Encoder, place: torch.device) -> Tower:
+    return load_tower(
+        encoder.model,
+        encoder.pretrained,
+        space=encoder.space,
+        size=encoder.size,
+        compile=encoder.compile,
+        gradient_checkpointing=encoder.gradient_checkpointing,
+        device=place,
+    )
+
+
+def build_student(
+    tower: Tower,
+    data: ImageData,
+    encoder: Encoder,
+    method: DualConfig | Config,
+    schedule: FineTuning,
+    reader: Reader,
+) -> Student:
+    """A tower with its centre measured, tuned as `schedule` says, and a learner on its first prototypes.
+
+    Prototypes are those of the text tower; without one the mean of at most 100 labelled images of each class.
+
+    Raises ValueError where a tower has no text and a class no labelled image.
+    """
+    encode = Student(tower, torch.nn.Module(), schedule.precision).encode
+    random = np.random.default_rng((schedule.seed, 4))
+    if tower.centred:
+        training = np.union1d(data.labelled, data.unlabelled)
+        chosen = random.permutation(training)[:CENTRE_IMAGES]
+        features, readable = reader.features(encode, data.train, np.sort(chosen))
+        tower.centre.copy_(features[readable].mean((0, 1)))
+    if tower.has_text:
+        prototypes = tower.text_prototypes(data.class_names, encoder.templates)
+    else:
+        prototypes = _class_means(encode, data, reader, random)
+    if isinstance(method, DualConfig) and method.eta_folds:
+        method = _settled(encode, data, method, schedule, reader, prototypes)
+    tune(
+        tower,
+        schedule.tuning,
+        classes=len(prototypes),
+        width=schedule.width,
+        blocks=schedule.blocks,
+        seed=schedule.seed,
+    )
+    counts = torch.from_numpy(data.labelled_counts)
+    learner = build_learner(method, prototypes.cpu(), counts, seed=schedule.seed).to(reader.device)
+    return Student(tower, learner, schedule.precision)
+
+
+def _class_means(
+    encode: Callable[[Tensor], Tensor], data: ImageData, reader: Reader, random: np.random.Generator
+) -> Tensor:
+    empty = np.flatnonzero(data.labelled_counts == 0)
+    if len(empty):
+        raise ValueError(
+            "first prototypes must be class means where the encoder has no text tower: expected labelled images of"
+            f" every class, got none of {data.class_names[empty[0]]!r}"
+        )
+    chosen = np.concatenate(
+        [
+            random.permutation(np.flatnonzero(data.labels == k))[:MEAN_IMAGES]
+            for k in range(len(data.class_names))
+        ]
+    )
+    features, readable = reader.features(encode, data.train, data.labelled[chosen])
+    rows, labels = F.normalize(features[readable, 0], dim=-1), torch.from_numpy(data.labels[chosen][readable])
+    sums = torch.zeros(len(data.class_names), rows.shape[1]).index_add_(0, labels, rows)
+    if not bool(sums.any(-1).all()):
+        unread = int((~sums.any(-1)).nonzero()[0])
+        raise ValueError(f"first prototypes: no labelled image of {data.class_names[unread]!r} can be read")
+    return F.normalize(sums, dim=-1)
+
+
+def _settled(
+    encode: Callable[[Tensor], Tensor],
+    data: ImageData,
+    method: DualConfig,
+    schedule: FineTuning,
+    reader: Reader,
+    prototypes: Tensor,
+) -> DualConfig:
+    """`method` with its eta chosen on the features of the labelled images before training."""
+    features, readable = reader.features(encode, data.train, data.labelled)
+    rows = F.normalize(features[readable, 0], dim=-1)[None]
+    labels = torch.from_numpy(data.labels[readable])
+    nothing = rows[:, :0]
+    cached = FeatureData(
+        labelled=rows,
+        labels=labels,
+        weak=nothing,
+        strong=nothing,
+        unlabelled_truth=labels[:0],
+        test=nothing[0],
+        test_labels=labels[:0],
+        validation=None,
+        validation_labels=None,
+        prototypes=prototypes.cpu(),
+        class_names=data.class_names,
+        labelled_counts=torch.bincount(labels, minlength=len(prototypes)),
+        unlabelled_counts=torch.zeros(len(prototypes), dtype=torch.int64),
+        unlabelled_is_labelled=torch.zeros(0, dtype=torch.bool),
+        split=None,
+    )
+    return settle_eta(cached, method, Schedule(seed=schedule.seed))
+
+
+def run(
+    data: ImageData,
+    encoder: Encoder,
+    method: DualConfig | Config,
+    schedule: FineTuning,
+    *,
+    device: str = "cpu",
+    world: World | None = None,
+    crops: str = "single",
+    workers: int | None = None,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 500,
+    progress: bool = True,
+) -> Outcome:
+    """Fine-tune `method` on `data` and evaluate it on the test set.
+
+    Args:
+        device: of the encoder. world: the processes of this run, None is this one alone.
+        crops: views of a test image, "single" or "five" (LIFT's test-time ensembling).
+        workers: threads that read and augment images, None: one for each processor, at most 16.
+        run_dir, resume, checkpoint_every, progress: as `finetune`.
+    """
+    world = world or World()
+    place = torch.device(device, world.local_rank) if device == "cuda" else torch.device(device)
+    workers = default_workers() if workers is None else workers
+    pipeline = build_pipeline(schedule.pipeline)
+    tower = _tower(encoder, place)
+    plain = partial(test_views, pipeline=pipeline, size=tower.size)
+    reader = Reader(plain, workers, place, progress=progress and world.leads)
+    student = build_student(tower, data, encoder, method, schedule, reader)
+    loader = ViewLoader(
+        data.train,
+        pipeline,
+        labelled=data.labelled,
+        unlabelled=data.unlabelled,
+        size=tower.size,
+        seed=schedule.seed,
+        workers=workers,
+        device=place,
+        on_unreadable=lambda _: None,
+    )
+    identity = {"method": asdict(method), "encoder": tower.fingerprint, "data": data.identity}
+    if isinstance(method, DualConfig):
+        # where it was chosen before training, the choice
+        identity["eta"] = student.learner.config.eta
+    with loader:
+        training = finetune(
+            student,
+            ImageViews(data, loader, schedule, place),
+            data.labelled_counts,
+            schedule,
+            world=world,
+            identity=identity,
+            run_dir=run_dir,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+    metrics, predictions, readable = evaluate(student, data, pipeline, reader, crops=crops, world=world)
+    return Outcome(student, training, metrics, predictions, readable, digest_of(tuned_tensors(student)))
+
+
+def evaluate(
+    student: Student,
+    data: ImageData,
+    pipeline: Pipeline,
+    reader: Reader,
+    *,
+    crops: str = "single",
+    world: World,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Predictions], np.ndarray]:
+    """Metrics and predictions of every branch on the test images that can be read, and which these are, [n_t] bool.
+
+    Each process encodes its share of the images; all return the same. ValueError for other crops than "single" and
+    "five".
+    """
+    if crops not in CROPS:
+        raise ValueError(f"evaluate: crops must be {' or '.join(CROPS)}, got {crops!r}")
+    tower = student.tower
+    if crops == "five":
+        five = partial(five_crops, size=tower.size, patch=tower.patch, resampling=pipeline.resampling)
+        reader = replace(reader, views=five)
+    count = len(data.test)
+    share = -(-count // world.size)
+    # the last process reads some images again, so that all have as many
+    rows = np.minimum(np.arange(world.rank * share, (world.rank + 1) * share), count - 1)
+    features, readable = reader.features(student.encode, data.test, rows)
+    columns = [features.to(reader.device)[None], torch.from_numpy(readable).to(reader.device)[None]]
+    features, mask = (column[:count].cpu() for column in gather_rows(columns, world))
+    predictions = evaluation.predict(student.learner, features[mask])
+    labels = torch.from_numpy(data.test_labels)[mask]
+    return evaluation.metrics(predictions, labels, data.labelled_counts), predictions, mask.numpy()
+
+
+def write_run(run_dir: Path, configuration: Mapping[str, Any], data: ImageData, outcome: Outcome) -> None:
+    """metrics.json, predictions.csv, the exported head and the pictures of one run."""
+    training, rows = outcome.training, class_rows(data)
+    report.write_json(
+        run_dir / "metrics.json",
+        {
+            **surroundings(),
+            "units": UNITS,
+            "configuration": configuration,
+            "classes": [row._asdict() for row in rows],
+            "notes": data.notes,
+            "reading": data.report.summary(),
+            "steps": training.steps,
+            "seconds": training.seconds,
+            "skipped": training.skipped,
+            "digest": outcome.digest,
+            "metrics": outcome.metrics,
+            "history": training.history,
+        },
+    )
+    (name, predictions) = next(iter(outcome.predictions.items()))
+    shown = np.flatnonzero(outcome.readable)
+    report.write_predictions(
+        run_dir / "predictions.csv",
+        data.test_labels[shown],
+        {configuration["name"]: predictions},
+        names=[data.test.name(row) for row in shown],
+    )
+    order = np.argsort(-data.labelled_counts, kind="stable")
+    last = training.history[-1] if training.history else {}
+    truth = data.unlabelled_counts
+    report.save_pictures(
+        run_dir,
+        [row.name for row in rows],
+        labelled=[row.labelled for row in rows],
+        unlabelled=[row.unlabelled for row in rows],
+        truth=None if truth is None else truth[order],
+        accuracy={branch: [m["per_class"][k] for k in order] for branch, m in outcome.metrics.items()},
+        curves={name: curve(training.history, "fused")} if "pseudo_labels" in last else {},
+        estimates={configuration["name"]: [last["distribution"][k] for k in order]}
+        if last.get("distribution")
+        else {},
+    )
+
+
+def _load_run(
+    run_dir: Path, configuration: Mapping[str, Any], place: torch.device
+) -> tuple[int, Student, ImageData]:
+    """Steps, student and images of the run in `run_dir`."""
+    try:
+        images, encoder = Images(**configuration["images"]), dict(configuration["encoder"])
+        templates = encoder.pop("templates")
+        encoder = Encoder(**encoder, templates=None if templates is None else tuple(templates))
+        schedule = FineTuning(**configuration["schedule"])
+        method = replace(LEARNERS[PRESETS[configuration["name"]].learner], **configuration["method"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run_dir / CONFIG}: {error}") from error
+    tensors, record = load_run(run_dir)
+    if isinstance(method, DualConfig) and method.eta_folds:
+        method = replace(method, eta=record["eta"], eta_folds=0)
+    data = load_images(images)
+    tower = _tower(encoder, place)
+    classes = len(data.class_names)
+    tune(
+        tower,
+        schedule.tuning,
+        classes=classes,
+        width=schedule.width,
+        blocks=schedule.blocks,
+        seed=schedule.seed,
+    )
+    # first prototypes do not matter: those of the checkpoint take their place
+    prototypes = torch.eye(classes, tower.dim)
+    learner = build_learner(method, prototypes, torch.from_numpy(data.labelled_counts), seed=schedule.seed)
+    student = Student(tower, learner.to(place), schedule.precision)
+    load_tuned_tensors(student, tensors, averaged=True)
+    return record["steps"], student, data
+
+
+def evaluate_run(
+    run_dir: Path, configuration: Mapping[str, Any], *, device: str = "cpu", crops: str | None = None
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Steps and metrics by branch of the run in `run_dir`, from its checkpoint; crops None: those of the run."""
+    place = torch.device(device)
+    steps, student, data = _load_run(run_dir, configuration, place)
+    pipeline = build_pipeline(configuration["schedule"]["pipeline"])
+    views = partial(test_views, pipeline=pipeline, size=student.tower.size)
+    reader = Reader(views, default_workers(), place)
+    crops = crops or configuration["crops"]
+    return steps, evaluate(student, data, pipeline, reader, crops=crops, world=World())[0]
+
+
+def export_run(run_dir: Path, configuration: Mapping[str, Any], path: Path) -> None:
+    """`export_head` of the run in `run_dir`."""
+    _, student, data = _load_run(run_dir, configuration, torch.device("cpu"))
+    export_head(path, student, data.class_names)
+
+
+def export_head(path: Path, student: Student, class_names: Sequence[str]) -> None:
+    """Write the head as one linear layer, a safetensors file: logits = weight @ unit(feature).
+
+    Tensors: weight float32 [C, D] and, of a tower that has one, centre float32 [D], which its features have had
+    subtracted. Metadata: class_names as JSON. ValueError for a method whose prediction is no such layer.
+    """
+    from safetensors.torch import save
+
+    folded = student.learner.folded()
+    if folded is None:
+        raise ValueError(
+            f"export_head: the prediction must be one linear map of the unit feature, got {type(student.learner).__name__}"
+        )
+    tensors = {"weight": folded.detach().cpu().contiguous()}
+    if student.tower.centred:
+        tensors["centre"] = student.tower.centre.cpu()
+    with replacing(path) as temporary:
+        temporary.write_bytes(
+            save(tensors, {"class_names": json.dumps(list(class_names), ensure_ascii=False)})
+        )
