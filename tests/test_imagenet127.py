@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ulfine_fast.images import ImageData
+from ulfine_fast.image_data import ImageData
 from ulfine_fast.imagenet127 import TEST_BATCH, TRAIN_BATCHES, imagenet127_data
 
 SIZE = 4

@@ -1,18 +1,16 @@
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from ulfine_fast import images
 from ulfine_fast.images import (
     ChosenImages,
     ImageArray,
-    ImageData,
     ImageFiles,
     JoinedImages,
     ReadReport,
@@ -57,6 +55,12 @@ def test_a_truncated_file_is_not_filled_in(suffix: str, tmp_path: Path) -> None:
     PICTURE.save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     assert not any(figure.isdecimal() for figure in refusal(path))
+
+
+def test_pillow_may_not_be_told_to_fill_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(ValueError, match=r"LOAD_TRUNCATED_IMAGES must be False, got True$"):
+        ImageFiles([])
 
 
 def test_what_is_no_image(tmp_path: Path) -> None:
@@ -340,77 +344,3 @@ def test_joined_and_chosen_images() -> None:
     assert len(chosen) == 2
     assert [chosen.name(i) for i in range(2)] == ["c[1]", "a[0]"]
     assert [chosen.read(i).getpixel((0, 0))[0] for i in range(2)] == [11, 0]
-
-
-def rows(*values: int) -> np.ndarray:
-    return np.array(values, dtype=np.int64)
-
-
-DATA = ImageData(
-    train=numbered(6, "toy/train"),
-    labelled=rows(0, 1, 2),
-    labels=rows(0, 0, 2),
-    unlabelled=rows(2, 3, 4, 5),
-    unlabelled_truth=rows(2, 1, 1, 0),
-    test=numbered(2, "toy/test"),
-    test_labels=rows(0, 2),
-    class_names=("a", "b", "c"),
-)
-
-
-def test_counts() -> None:
-    assert DATA.labelled_counts.tolist() == [2, 0, 1]
-    assert DATA.unlabelled_is_labelled.tolist() == [True, False, False, False]
-    assert DATA.unlabelled_counts.tolist() == [1, 2, 0]
-    assert replace(DATA, unlabelled_truth=rows(2, 1, 1, -1)).unlabelled_counts is None
-    assert replace(DATA, unlabelled_truth=rows(-1, 1, 1, 0)).unlabelled_counts.tolist() == [1, 2, 0]
-    assert replace(DATA, unlabelled=rows(), unlabelled_truth=rows()).unlabelled_counts.tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"labelled": rows(0, 1, 6)}, r"labelled must be in 0\.\.5, got 0\.\.6"),
-        ({"labelled": rows(0, 1, 1)}, "labelled must have every row once"),
-        ({"unlabelled": rows(2, 2, 4, 5)}, "unlabelled must have every row once"),
-        ({"labels": rows(0, 0, 3)}, r"labels must be in 0\.\.2, got 0\.\.3"),
-        ({"labels": rows(0, 0, -1)}, r"labels must be in 0\.\.2, got -1\.\.0"),
-        ({"labels": rows(0, 0)}, "labels must be of length 3, got 2"),
-        ({"labels": np.zeros(3, np.int32)}, r"labels must be a numpy array of int64 .* got int32 \(3,\)"),
-        ({"labels": [0, 0, 2]}, "labels must be a numpy array of int64 in one dimension, got list"),
-        ({"unlabelled_truth": rows(2, 1, 1, -2)}, r"unlabelled_truth must be in -1\.\.2, got -2\.\.2"),
-        ({"unlabelled_truth": rows(2)}, "unlabelled_truth must be of length 4, got 1"),
-        ({"test_labels": rows(0, 3)}, r"test_labels must be in 0\.\.2, got 0\.\.3"),
-        ({"test_labels": rows(0)}, "test_labels must be of length 2, got 1"),
-        ({"labelled": rows(), "labels": rows()}, "labelled must have at least one image, got none"),
-        ({"test": numbered(0, "x"), "test_labels": rows()}, "test must have at least one image, got none"),
-        ({"validation": numbered(1, "x")}, "must be both given or both None"),
-        (
-            {"validation": numbered(1, "x"), "validation_labels": rows(3)},
-            r"validation_labels must be in 0\.\.2",
-        ),
-        ({"class_names": ("a",)}, "class names must be at least two, distinct and not empty, got a"),
-        ({"class_names": ("a", "b", "a")}, "distinct and not empty, got a, b, a"),
-        ({"class_names": ("a", "b", " ")}, "distinct and not empty"),
-    ],
-)
-def test_image_data_checks_its_fields(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^ImageData: .*{message}"):
-        replace(DATA, **changes)
-
-
-def test_identity() -> None:
-    assert replace(DATA).identity == DATA.identity
-    moved = replace(DATA, train=numbered(6, "elsewhere/train"), test=numbered(2, "elsewhere/test"))
-    assert moved.identity == DATA.identity
-    assert replace(DATA, notes=("note",)).identity == DATA.identity
-    others = [
-        replace(DATA, class_names=("a", "b", "d")),
-        replace(DATA, labels=rows(0, 1, 2)),
-        replace(DATA, labelled=rows(1, 0, 2)),
-        replace(DATA, unlabelled=rows(1, 3, 4, 5)),
-        replace(DATA, test_labels=rows(0, 1)),
-        replace(DATA, train=numbered(6, "toy/t"), test=numbered(2, "toy/test")),
-        replace(DATA, train=numbered(7, "toy/train")),
-    ]
-    assert len({DATA.identity, *(other.identity for other in others)}) == 1 + len(others)

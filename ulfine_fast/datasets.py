@@ -21,16 +21,8 @@ import numpy as np
 
 from ulfine_fast.assets import asset
 from ulfine_fast.cache import default_cache_dir
-from ulfine_fast.images import (
-    UNKNOWN,
-    ChosenImages,
-    ImageArray,
-    ImageData,
-    ImageFiles,
-    ImageSource,
-    JoinedImages,
-    ReadReport,
-)
+from ulfine_fast.image_data import UNKNOWN, ImageData, absent_classes
+from ulfine_fast.images import ChosenImages, ImageArray, ImageFiles, ImageSource, JoinedImages, ReadReport
 from ulfine_fast.splits import ClassOrder, Protocol, Unlabelled, make_split
 
 FASHION_MNIST_CLASSES = (
@@ -175,6 +167,7 @@ def dataset_data(
         class_names=data.class_names,
         validation=ChosenImages(data.train, split.validation) if held_out else None,
         validation_labels=data.labels[split.validation] if held_out else None,
+        notes=tuple(absent_classes("labelled", data.labels[split.labelled], data.class_names)),
         report=data.report,
     )
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ulfine_fast.image_files import read_class_names
-from ulfine_fast.images import ImageArray, ImageData, JoinedImages, shortened
+from ulfine_fast.image_data import NUMBERED, ImageData, absent_classes
+from ulfine_fast.image_tables import read_class_names
+from ulfine_fast.images import ImageArray, JoinedImages
 from ulfine_fast.splits import first_per_class
 
 TRAIN_BATCHES = tuple(f"train_data_batch_{number}" for number in range(1, 11))
@@ -81,17 +82,15 @@ def imagenet127_data(
         if class_names is not None:
             names = read_class_names(class_names)
         else:
-            notes.append("classes are called by their number; text prototypes need names")
+            notes.append(NUMBERED)
         _check_labels(labels, test_labels, len(names), "give superclasses for the labels of ImageNet")
     sizes = np.bincount(labels, minlength=len(names))
     counts = np.around(labelled_share * sizes).astype(np.int64)
     order = np.argsort(-counts, kind="stable")
     rank = np.argsort(order)
     labels, test_labels, names = rank[labels], rank[test_labels], [names[k] for k in order]
-    unlabelled_only = [names[k] for k in np.flatnonzero(counts[order] == 0)]
-    if unlabelled_only:
-        notes.append(f"labelled: no image of {len(unlabelled_only)} classes: {shortened(unlabelled_only)}")
     labelled = first_per_class(labels, counts[order])
+    notes += absent_classes("labelled", labels[labelled], names)
     return ImageData(
         train=JoinedImages(
             [

@@ -1,13 +1,13 @@
-"""Where images come from: files or arrays that give RGB pictures, and what of a data set is labelled.
+"""Where images come from: files or arrays that give RGB pictures.
 
 A file is read strictly. What is damaged raises `UnreadableImage` and is never filled in; what is unusual (CMYK,
 16 bits, transparency, several frames, EXIF orientation) is converted by one documented rule and counted in a
-`ReadReport`. Several threads may read from one source.
+`ReadReport`. Several threads may read from one source. From the first file read, warnings raised inside Pillow are
+ignored in the whole process: what they say is in the report or in the error.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import os
 import re
@@ -15,17 +15,15 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 # Pillow's other formats include some that run programs (EPS) or are no pictures.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
-UNKNOWN = -1
 
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 _filter_lock = threading.Lock()
@@ -127,7 +125,8 @@ class ImageFiles:
     file is decoded at 1/2, 1/4 or 1/8 where `at_least` allows it.
 
     max_pixels: a larger image is unreadable; at most 2 `MAX_PIXELS`, Pillow's own limit;
-    default `MAX_PIXELS`, at which Pillow warns. Raises ValueError outside that range.
+    default `MAX_PIXELS`, at which Pillow warns. Raises ValueError outside that range, and where Pillow
+    was told to fill in what truncated files lack.
     """
 
     def __init__(
@@ -139,6 +138,8 @@ class ImageFiles:
     ) -> None:
         if not 1 <= max_pixels <= 2 * MAX_PIXELS:
             raise ValueError(f"ImageFiles: max_pixels must be in 1..{2 * MAX_PIXELS}, got {max_pixels}")
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            raise ValueError("ImageFiles: PIL.ImageFile.LOAD_TRUNCATED_IMAGES must be False, got True")
         self._paths = [os.fspath(path) for path in paths]
         self._max_pixels = max_pixels
         self.report = ReadReport() if report is None else report
@@ -237,110 +238,6 @@ class ChosenImages:
     def read(self, index: int, at_least: int | None = None) -> Image.Image:
         """The image in mode RGB, see `ImageSource.read`."""
         return self._source.read(int(self._rows[index]), at_least)
-
-
-# Equal is identical: a comparison of arrays has no truth value.
-@dataclass(frozen=True, eq=False)
-class ImageData:
-    """A long-tailed, partly labelled image set; C is the number of classes.
-
-    train: all training images. labelled [n_l >= 1] int64: rows of `train`, each once; labels [n_l] int64 in
-    0..C-1. unlabelled [n_u] int64: rows of `train`, each once, possibly labelled ones too (ACR's protocol).
-    unlabelled_truth [n_u] int64: their classes where known, else -1; for reports only, never for training.
-    test, test_labels [n_t >= 1] int64; validation, validation_labels: the same, or both None. class_names: C
-    >= 2 non-empty, distinct names. notes: what the user must be told about the data, one line each. report:
-    what reading met so far; the sources write into it.
-
-    Raises ValueError when a field breaks this contract.
-    """
-
-    train: ImageSource
-    labelled: np.ndarray
-    labels: np.ndarray
-    unlabelled: np.ndarray
-    unlabelled_truth: np.ndarray
-    test: ImageSource
-    test_labels: np.ndarray
-    class_names: tuple[str, ...]
-    validation: ImageSource | None = None
-    validation_labels: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
-    report: ReadReport = field(default_factory=ReadReport)
-
-    def __post_init__(self) -> None:
-        names = self.class_names
-        if len(names) < 2 or not all(name.strip() for name in names) or len(set(names)) != len(names):
-            raise ValueError(
-                f"ImageData: class names must be at least two, distinct and not empty, got {shortened(names)}"
-            )
-        rows, classes = len(self.train), len(names)
-        self._check("labelled", self.labelled, None, 0, rows)
-        self._check("labels", self.labels, len(self.labelled), 0, classes)
-        self._check("unlabelled", self.unlabelled, None, 0, rows)
-        self._check("unlabelled_truth", self.unlabelled_truth, len(self.unlabelled), UNKNOWN, classes)
-        self._check("test_labels", self.test_labels, len(self.test), 0, classes)
-        for name in ("labelled", "unlabelled"):
-            if len(np.unique(getattr(self, name))) != len(getattr(self, name)):
-                raise ValueError(f"ImageData: {name} must have every row once, got some twice")
-        for name in ("labelled", "test"):
-            if not len(getattr(self, name)):
-                raise ValueError(f"ImageData: {name} must have at least one image, got none")
-        if (self.validation is None) != (self.validation_labels is None):
-            raise ValueError("ImageData: validation and validation_labels must be both given or both None")
-        if self.validation is not None:
-            self._check("validation_labels", self.validation_labels, len(self.validation), 0, classes)
-
-    @property
-    def labelled_counts(self) -> np.ndarray:
-        """[C] int64: labelled images of each class."""
-        return np.bincount(self.labels, minlength=len(self.class_names))
-
-    @property
-    def unlabelled_is_labelled(self) -> np.ndarray:
-        """[n_u] bool: that image is a labelled one too."""
-        return np.isin(self.unlabelled, self.labelled)
-
-    @property
-    def unlabelled_counts(self) -> np.ndarray | None:
-        """[C] int64: unlabelled images of each class without the labelled ones; None if a truth is unknown."""
-        truth = self.unlabelled_truth[~self.unlabelled_is_labelled]
-        return None if (truth == UNKNOWN).any() else np.bincount(truth, minlength=len(self.class_names))
-
-    @property
-    def identity(self) -> str:
-        """32 hexadecimal digits that stand for class names, rows, labels and the names of all images.
-
-        What all image names begin with does not count, so that a moved folder keeps its identity; nor does
-        the content of the files. A validation set does not count: it trains nothing.
-        """
-        digest = hashlib.blake2b(digest_size=16)
-        images = [source.name(row) for source in (self.train, self.test) for row in range(len(source))]
-        # by character, not by folder: absolute and relative paths may stand side by side
-        shared = len(os.path.commonprefix(images))  # noqa: RUF071
-        for text in (*self.class_names, *(image[shared:] for image in images)):
-            digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
-        for rows in (self.labelled, self.labels, self.unlabelled, self.test_labels):
-            digest.update(np.int64(len(rows)).tobytes() + np.ascontiguousarray(rows, dtype="<i8").tobytes())
-        return digest.hexdigest()
-
-    def _check(self, name: str, values: np.ndarray, length: int | None, low: int, end: int) -> None:
-        if not isinstance(values, np.ndarray) or values.dtype != np.int64 or values.ndim != 1:
-            got = (
-                f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
-            )
-            raise ValueError(f"ImageData: {name} must be a numpy array of int64 in one dimension, got {got}")
-        if length is not None and len(values) != length:
-            raise ValueError(f"ImageData: {name} must be of length {length}, got {len(values)}")
-        if len(values) and not low <= values.min() <= values.max() < end:
-            raise ValueError(
-                f"ImageData: {name} must be in {low}..{end - 1}, got {values.min()}..{values.max()}"
-            )
-
-
-def shortened(names: Sequence[str], count: int = 5) -> str:
-    """The first `count` names in one line, and how many more there are; "none" for no name."""
-    more = f", ... ({len(names)} in all)" if len(names) > count else ""
-    return (", ".join(names[:count]) or "none") + more
 
 
 def _ignore_pillow_warnings() -> None:
