@@ -126,6 +126,14 @@ def test_unlabelled_copies_of_labelled_images(tree: Path) -> None:
     assert len(data.unlabelled) == 5
 
 
+def test_labelled_links_to_unlabelled_images(tree: Path) -> None:
+    (tree / "labelled/cat/known.png").symlink_to(tree / "unlabelled/6.png")
+    data = folders(tree)
+    assert len(data.train) == 6
+    assert data.unlabelled_is_labelled.tolist() == [True, False, False]
+    assert data.labels[data.labelled == data.unlabelled[0]].tolist() == [0]
+
+
 def test_links_end(tree: Path) -> None:
     (tree / "labelled/cat/deep/up").symlink_to(tree / "labelled/cat")
     (tree / "labelled/cat/self").symlink_to(tree / "labelled/cat/self")

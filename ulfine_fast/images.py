@@ -192,7 +192,7 @@ class ImageArray:
 
     def read(self, index: int, at_least: int | None = None) -> Image.Image:
         """The image in mode RGB and full size."""
-        pixels = np.ascontiguousarray(self._images[index])
+        pixels = self._images[index]
         return Image.fromarray(255 - pixels if self._invert else pixels).convert("RGB")
 
 
