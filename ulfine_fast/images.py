@@ -124,9 +124,9 @@ class ImageFiles:
     to RGB by Pillow's formula; ICC profiles are ignored. Grey and palettes of 8 bits lose nothing in RGB. A JPEG
     file is decoded at 1/2, 1/4 or 1/8 where `at_least` allows it.
 
-    max_pixels: a larger image is unreadable; at most 2 `MAX_PIXELS`, Pillow's own limit;
-    default `MAX_PIXELS`, at which Pillow warns. Raises ValueError outside that range, and where Pillow
-    was told to fill in what truncated files lack.
+    max_pixels: a larger image is unreadable; default `MAX_PIXELS`, above which Pillow warns, and at most twice that,
+    above which Pillow refuses. Raises ValueError outside that range, and where Pillow was told to fill in what
+    truncated files lack.
     """
 
     def __init__(
