@@ -98,7 +98,7 @@ def test_settings_change_the_preset(tmp_path):
         (["--steps", "0"], "greater than or equal to 1, got 0"),
         (["--threads", "-1"], "greater than or equal to 0, got -1"),
         (["--steps", "many"], "got many"),
-        (["--dataset", "cifar10"], "expected one of fashion-mnist-subset, fashion-mnist, got 'cifar10'"),
+        (["--dataset", "cifar"], "fashion-mnist, cifar10, cifar100, svhn, got 'cifar'"),
         (["--set", "eta=7"], "eta must be in [0, 1], got 7.0"),
         (["--size", "100"], "size must be a positive multiple of 32, got 100"),
         (["--backend", "tpu"], "'tpu' is not one of 'auto', 'reference', 'cpp'"),

@@ -3,7 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulfine_fast.splits import class_counts, groups_by_count, groups_by_rank, make_split, split_table
+from ulfine_fast.splits import (
+    class_counts,
+    first_per_class,
+    groups_by_count,
+    groups_by_rank,
+    make_split,
+    split_table,
+)
 
 SIZES = {"labelled_largest": 50, "unlabelled_largest": 100, "imbalance": 10}
 
@@ -240,3 +247,17 @@ def test_split_table_lists_the_head_first() -> None:
     assert [row.group for row in rows] == ["many"] * 3 + ["medium"] * 4 + ["few"] * 3
     with pytest.raises(ValueError, match="expected 10 class names, got 3"):
         split_table(split, labels, names[:3])
+
+
+def test_first_per_class() -> None:
+    labels = np.array([2, 0, 2, 0, 0, 2, 4])
+    found = first_per_class(labels, np.array([2, 5, 1, 0, 3]))
+    assert found.tolist() == [1, 3, 0, 6]
+    assert found.dtype == np.int64
+    assert first_per_class(labels[:0], np.array([1, 1])).tolist() == []
+
+
+def test_first_per_class_is_the_labelled_part_of_acr() -> None:
+    labels = balanced_labels()
+    split = make_split(labels, **SIZES)
+    assert np.array_equal(first_per_class(labels, split.labelled_counts), split.labelled)

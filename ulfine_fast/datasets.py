@@ -1,21 +1,29 @@
-"""Labelled image sets: Fashion-MNIST whole, and the subset of it that ships with the package.
+"""Benchmark image sets by name: the subset of Fashion-MNIST that ships with the package, and what torchvision has.
 
-Fashion-MNIST: Xiao, Rasul and Vollgraf, 2017, MIT licence, Zalando SE; 28 x 28 grey, light item on black.
+Fashion-MNIST: Xiao, Rasul and Vollgraf, 2017, MIT licence, Zalando SE; 28 x 28 grey, light item on black. The
+others are downloaded from their makers, whose terms hold.
 """
 
 from __future__ import annotations
 
 import gzip
+import importlib.util
+import json
 import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ulfine_fast.assets import asset
 from ulfine_fast.cache import default_cache_dir
+from ulfine_fast.image_data import UNKNOWN, ImageData, absent_classes
+from ulfine_fast.images import ChosenImages, ImageArray, ImageFiles, ImageSource, JoinedImages, ReadReport
+from ulfine_fast.splits import ClassOrder, Protocol, Unlabelled, make_split
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -79,19 +87,89 @@ class ImageSet:
 
 
 def load_dataset(name: str) -> tuple[ImageSet, ImageSet]:
-    """The training and the test set called `name`; see `DATASETS` for the names.
+    """The training and the test set called `name`, in memory; see `DATASETS` for the names.
 
     "fashion-mnist-subset": 4,000 training and 2,000 test images, balanced, from the package itself.
     "fashion-mnist": 60,000 and 10,000 images, from the first of: the folder of idx files that the environment
-    variable ULFINE_FASHION_MNIST names; the Debian package dataset-fashion-mnist; torchvision's downloader,
-    into the cache directory.
+    variable ULFINE_FASHION_MNIST names; the Debian package dataset-fashion-mnist; torchvision's downloader.
+    "cifar10", "cifar100", "svhn": torchvision's. Its downloads go into the folder "datasets" of the cache
+    directory.
 
     Raises ValueError for an unknown name or a damaged idx file, FileNotFoundError when no source has the
-    data.
+    data, ImportError when a package of the extra [images] is missing.
     """
     if name not in DATASETS:
         raise ValueError(f"load_dataset: name must be one of {', '.join(DATASETS)}, got {name!r}")
     return DATASETS[name]()
+
+
+def dataset_data(
+    name: str,
+    *,
+    labelled_largest: int,
+    imbalance: float,
+    unlabelled_largest: int | None = None,
+    unlabelled_imbalance: float | None = None,
+    unlabelled: Unlabelled = "consistent",
+    protocol: Protocol = "acr",
+    seed: int = 0,
+    class_order: ClassOrder = "index",
+    validation_per_class: int | None = None,
+) -> ImageData:
+    """A long-tailed semi-supervised split of the data set `name`, one of `IMAGE_DATASETS`.
+
+    The arguments are those of `splits.make_split`. The field's settings (labelled_largest, unlabelled_largest,
+    imbalance): cifar10 (1500, 3000, 100) and (500, 4000, 100), cifar100 (150, 300, 10) and (50, 400, 10), stl10
+    (150 or 450, -, 10 or 20). food101 has no published one; the two sizes add up to 750 at most.
+
+    "stl10" comes with 100,000 unlabelled images of unknown classes: they are the unlabelled part, whatever the
+    protocol, and the arguments of that part must be left alone. Elsewhere unlabelled_largest is needed.
+
+    Raises the errors of `load_dataset` and `make_split`, and ValueError for an argument that does not fit.
+    """
+    if name not in IMAGE_DATASETS:
+        raise ValueError(f"dataset_data: name must be one of {', '.join(IMAGE_DATASETS)}, got {name!r}")
+    if name == "stl10":
+        if (unlabelled_largest, unlabelled_imbalance, unlabelled) != (None, None, "consistent"):
+            raise ValueError(
+                "dataset_data: unlabelled_largest, unlabelled_imbalance and unlabelled must be left out for stl10,"
+                f" got {unlabelled_largest}, {unlabelled_imbalance} and {unlabelled}"
+            )
+        unlabelled_largest = 0
+    elif unlabelled_largest is None:
+        raise ValueError(f"dataset_data: unlabelled_largest must be given for {name}, got None")
+    data = IMAGE_DATASETS[name]()
+    split = make_split(
+        data.labels,
+        protocol=protocol,
+        labelled_largest=labelled_largest,
+        unlabelled_largest=unlabelled_largest,
+        imbalance=imbalance,
+        unlabelled_imbalance=unlabelled_imbalance,
+        unlabelled=unlabelled,
+        seed=seed,
+        class_order=class_order,
+        validation_per_class=validation_per_class,
+    )
+    rows, truth = split.unlabelled, data.labels[split.unlabelled]
+    if name == "stl10":
+        rows = np.arange(len(data.labels), len(data.train))
+        truth = np.full(len(rows), UNKNOWN)
+    held_out = len(split.validation) > 0
+    return ImageData(
+        train=data.train,
+        labelled=split.labelled,
+        labels=data.labels[split.labelled],
+        unlabelled=rows,
+        unlabelled_truth=truth,
+        test=data.test,
+        test_labels=data.test_labels,
+        class_names=data.class_names,
+        validation=ChosenImages(data.train, split.validation) if held_out else None,
+        validation_labels=data.labels[split.validation] if held_out else None,
+        notes=tuple(absent_classes("labelled", data.labels[split.labelled], data.class_names)),
+        report=data.report,
+    )
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -156,18 +234,129 @@ def _idx_folder(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _torchvision_fashion_mnist() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     try:
-        from torchvision.datasets import FashionMNIST
-    except ImportError as error:
+        sets = {
+            part: _torchvision("FashionMNIST", "its idx files", train=part == "train") for part in _IDX_NAMES
+        }
+    except (ImportError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"fashion-mnist: expected its idx files in {DEBIAN_FASHION_MNIST}, got none; install the Debian package"
-            f" dataset-fashion-mnist, set {FASHION_MNIST_VARIABLE} to their folder, or pip install torchvision"
+            f" dataset-fashion-mnist or set {FASHION_MNIST_VARIABLE} to their folder; or else: {error}"
         ) from error
-    root = default_cache_dir() / "datasets"
-    sets = {part: FashionMNIST(str(root), train=part == "train", download=True) for part in _IDX_NAMES}
     return {part: (data.data.numpy(), data.targets.numpy()) for part, data in sets.items()}
 
 
+def _torchvision(kind: str, archive: str, **arguments: Any) -> Any:
+    """torchvision's data set of the class `kind`, downloaded when it is not there; archive: what that fetches."""
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError("torchvision is missing: pip install 'ulfine-fast[images]'") from error
+    folder = _download_folder()
+    try:
+        return getattr(datasets, kind)(folder, download=True, **arguments)
+    # no network is an OSError, a file with another checksum a RuntimeError
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{kind}: expected {archive} in {folder}, got none, nor by download ({reason}); put it there"
+        ) from error
+
+
+def _download_folder() -> Path:
+    return default_cache_dir() / "datasets"
+
+
+def _spaced(class_names: list[str]) -> tuple[str, ...]:
+    return tuple(name.replace("_", " ") for name in class_names)
+
+
+def _cifar(classes: int) -> tuple[ImageSet, ImageSet]:
+    parts = {
+        part: _torchvision(f"CIFAR{classes}", f"cifar-{classes}-python.tar.gz", train=part == "train")
+        for part in ("train", "test")
+    }
+    return tuple(
+        ImageSet(f"cifar{classes}/{part}", data.data, np.array(data.targets), _spaced(data.classes))
+        for part, data in parts.items()
+    )
+
+
+def _svhn() -> tuple[ImageSet, ImageSet]:
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError("scipy, which reads svhn, is missing: pip install 'ulfine-fast[images]'")
+    parts = {part: _torchvision("SVHN", f"{part}_32x32.mat", split=part) for part in ("train", "test")}
+    digits = tuple("0123456789")
+    return tuple(
+        ImageSet(f"svhn/{part}", data.data.transpose(0, 2, 3, 1), data.labels, digits)
+        for part, data in parts.items()
+    )
+
+
+class _Benchmark(NamedTuple):
+    """Sources of a data set. labels int64: classes of the first images of `train`; the rest have none."""
+
+    train: ImageSource
+    labels: np.ndarray
+    test: ImageSource
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+    report: ReadReport
+
+
+def _in_memory(load: Callable[[], tuple[ImageSet, ImageSet]]) -> _Benchmark:
+    train, test = load()
+    sources = (ImageArray(part.images, part.name, part.invert) for part in (train, test))
+    return _Benchmark(
+        next(sources), train.labels, next(sources), test.labels, train.class_names, ReadReport()
+    )
+
+
+def _stl10() -> _Benchmark:
+    data = _torchvision("STL10", "stl10_binary.tar.gz", split="test")
+    folder = _download_folder() / data.base_folder
+
+    def images(part: str) -> ImageArray:
+        # mapped, not read: the unlabelled images are 2.8 GB; they are stored as [colour, column, row]
+        pixels = np.memmap(folder / f"{part}_X.bin", np.uint8, "r").reshape(-1, 3, 96, 96)
+        return ImageArray(pixels.transpose(0, 3, 2, 1), f"stl10/{part}")
+
+    def labels(part: str) -> np.ndarray:
+        return np.fromfile(folder / f"{part}_y.bin", np.uint8).astype(np.int64) - 1
+
+    return _Benchmark(
+        JoinedImages([images("train"), images("unlabeled")]),
+        labels("train"),
+        images("test"),
+        labels("test"),
+        _spaced(data.classes),
+        ReadReport(),
+    )
+
+
+def _food101() -> _Benchmark:
+    data = _torchvision("Food101", "food-101.tar.gz", split="test")
+    folder = _download_folder() / "food-101"
+    report = ReadReport()
+
+    def part(name: str) -> tuple[ImageFiles, np.ndarray]:
+        listed = json.loads((folder / "meta" / f"{name}.json").read_text())
+        rows = [(image, k) for k, kind in enumerate(data.classes) for image in listed[kind]]
+        files = ImageFiles([folder / "images" / f"{image}.jpg" for image, _ in rows], report=report)
+        return files, np.array([k for _, k in rows])
+
+    return _Benchmark(*part("train"), *part("test"), _spaced(data.classes), report)
+
+
+# in memory, for heads on cached features too
 DATASETS: dict[str, Callable[[], tuple[ImageSet, ImageSet]]] = {
     "fashion-mnist-subset": _fashion_mnist_subset,
     "fashion-mnist": _fashion_mnist,
+    "cifar10": partial(_cifar, 10),
+    "cifar100": partial(_cifar, 100),
+    "svhn": _svhn,
+}
+IMAGE_DATASETS: dict[str, Callable[[], _Benchmark]] = {
+    **{name: partial(_in_memory, load) for name, load in DATASETS.items()},
+    "stl10": _stl10,
+    "food101": _food101,
 }

@@ -170,6 +170,19 @@ def make_split(
     )
 
 
+def first_per_class(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The first counts[k] images of every class k, in the order of `labels`.
+
+    labels [N] int in 0..C-1. counts [C] int >= 0; a class with fewer images gives all of them. Returns an int64
+    index array, grouped by class in class-index order. Source: the labelled part of ACR, CCL and FineSSL.
+    """
+    labels, counts = np.asarray(labels), np.asarray(counts)
+    order = np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels, minlength=len(counts))
+    place_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return order[place_in_class < np.repeat(counts, sizes)].astype(np.int64)
+
+
 def groups_by_count(counts: np.ndarray) -> np.ndarray:
     """Group of each class by its labelled count: many > 100, medium 20..100, few < 20.
 

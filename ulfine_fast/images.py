@@ -1,0 +1,298 @@
+"""Where images come from: files or arrays that give RGB pictures.
+
+A file is read strictly. What is damaged raises `UnreadableImage` and is never filled in; what is unusual (CMYK,
+16 bits, transparency, several frames, EXIF orientation) is converted by one documented rule and counted in a
+`ReadReport`. Several threads may read from one source. From the first file read, warnings raised inside Pillow are
+ignored in the whole process: what they say is in the report or in the error.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import re
+import struct
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+# Pillow's other formats include some that run programs (EPS) or are no pictures.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+
+_PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+_filter_lock = threading.Lock()
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImage(ValueError):  # noqa: N818 (it names an image, not a mistake)
+    """An image cannot be had: its `name` in the source and the `reason`, one line."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class ImageSource(Protocol):
+    """Images by index 0..len - 1."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def name(self, index: int) -> str:
+        """What to call the image when talking to the user: its path, or "cifar10/train[17]"."""
+
+    def read(self, index: int, at_least: int | None = None) -> Image.Image:
+        """The image in mode RGB, upright.
+
+        at_least: a picture whose short side has at least that many pixels will do, so the source may decode
+        it at a reduced size; None: full size. The same arguments always give the same pixels. Raises
+        UnreadableImage.
+        """
+
+
+class ReadReport:
+    """Counts the images that could not be read or were converted, each once for a reason. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._unreadable: dict[str, set[str]] = {}
+        self._converted: dict[str, set[str]] = {}
+
+    def add_unreadable(self, name: str, reason: str) -> None:
+        """Note that the image `name` cannot be read, for `reason`."""
+        with self._lock:
+            self._unreadable.setdefault(reason, set()).add(name)
+
+    def add_converted(self, name: str, conversions: Iterable[str]) -> None:
+        """Note what was done to the image `name`."""
+        with self._lock:
+            for conversion in conversions:
+                self._converted.setdefault(conversion, set()).add(name)
+
+    def unreadable(self) -> dict[str, int]:
+        """Number of unreadable images by reason."""
+        return self._counts(self._unreadable)
+
+    def converted(self) -> dict[str, int]:
+        """Number of converted images by conversion; an image may count under several."""
+        return self._counts(self._converted)
+
+    def names(self, reason: str, count: int = 3) -> list[str]:
+        """The first `count` images, in order of name, noted for a reason or conversion; [] if none is."""
+        with self._lock:
+            return heapq.nsmallest(count, self._unreadable.get(reason) or self._converted.get(reason, ()))
+
+    def summary(self) -> str:
+        """One line for the end of a run; empty when nothing was noted."""
+        parts = []
+        for kind, counts in (("unreadable", self.unreadable()), ("converted", self.converted())):
+            reasons = [
+                f"{count} {reason} ({', '.join(self.names(reason))}{', ...' if count > 3 else ''})"
+                for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+            ]
+            parts += [f"{kind} images: {', '.join(reasons)}"] if reasons else []
+        return "; ".join(parts)
+
+    def _counts(self, images: dict[str, set[str]]) -> dict[str, int]:
+        with self._lock:
+            return {reason: len(names) for reason, names in images.items()}
+
+
+class ImageFiles:
+    """Image files in the formats of `FORMATS`, an `ImageSource` whose names are the paths.
+
+    Conversions, each counted in `report`: alpha and transparent colours lie over white; 16-bit grey keeps its
+    high byte; of several frames the first is taken; the EXIF orientation is applied; CMYK and 1-bit pixels go
+    to RGB by Pillow's formula; ICC profiles are ignored. Grey and palettes of 8 bits lose nothing in RGB. A JPEG
+    file is decoded at 1/2, 1/4 or 1/8 where `at_least` allows it.
+
+    max_pixels: a larger image is unreadable; default `MAX_PIXELS`, above which Pillow warns, and at most twice that,
+    above which Pillow refuses. Raises ValueError outside that range, and where Pillow was told to fill in what
+    truncated files lack.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        *,
+        max_pixels: int = MAX_PIXELS,
+        report: ReadReport | None = None,
+    ) -> None:
+        if not 1 <= max_pixels <= 2 * MAX_PIXELS:
+            raise ValueError(f"ImageFiles: max_pixels must be in 1..{2 * MAX_PIXELS}, got {max_pixels}")
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            raise ValueError("ImageFiles: PIL.ImageFile.LOAD_TRUNCATED_IMAGES must be False, got True")
+        self._paths = [os.fspath(path) for path in paths]
+        self._max_pixels = max_pixels
+        self.report = ReadReport() if report is None else report
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return self._paths[index]
+
+    def read(self, index: int, at_least: int | None = None) -> Image.Image:
+        """The image in mode RGB, see `ImageSource.read`."""
+        path = self._paths[index]
+        _ignore_pillow_warnings()
+        try:
+            image, conversions = _decode(path, at_least, self._max_pixels)
+        # a damaged file can make a decoder raise anything
+        except Exception as error:
+            reason = _reason(path, error)
+            self.report.add_unreadable(path, reason)
+            raise UnreadableImage(path, reason) from error
+        self.report.add_converted(path, conversions)
+        return image
+
+
+class ImageArray:
+    """Images of one size in memory or in a memory-mapped file, an `ImageSource`.
+
+    images: uint8 [N, H, W] (grey) or [N, H, W, 3] (RGB). name: image i is called "name[i]". invert: give
+    255 - x, for light items on dark. Raises ValueError for another array.
+    """
+
+    def __init__(self, images: np.ndarray, name: str, invert: bool = False) -> None:
+        shape = images.shape
+        if images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
+            raise ValueError(
+                f"ImageArray {name}: images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {shape}"
+            )
+        self._images = images
+        self._name = name
+        self._invert = invert
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        """For example "cifar10/train[17]"."""
+        return f"{self._name}[{index}]"
+
+    def read(self, index: int, at_least: int | None = None) -> Image.Image:
+        """The image in mode RGB and full size."""
+        pixels = self._images[index]
+        return Image.fromarray(255 - pixels if self._invert else pixels).convert("RGB")
+
+
+class JoinedImages:
+    """Several sources one after the other, an `ImageSource`."""
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self._sources = tuple(sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def name(self, index: int) -> str:
+        """The name that the image has in its own source."""
+        source, row = self._at(index)
+        return source.name(row)
+
+    def read(self, index: int, at_least: int | None = None) -> Image.Image:
+        """The image in mode RGB, see `ImageSource.read`."""
+        source, row = self._at(index)
+        return source.read(row, at_least)
+
+    def _at(self, index: int) -> tuple[ImageSource, int]:
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        return self._sources[source], index - int(self._ends[source - 1] if source else 0)
+
+
+class ChosenImages:
+    """Some rows of a source, an `ImageSource`. rows [n] int: image i here is image rows[i] there."""
+
+    def __init__(self, source: ImageSource, rows: np.ndarray) -> None:
+        self._source = source
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        """The name that the image has in the whole source."""
+        return self._source.name(int(self._rows[index]))
+
+    def read(self, index: int, at_least: int | None = None) -> Image.Image:
+        """The image in mode RGB, see `ImageSource.read`."""
+        return self._source.read(int(self._rows[index]), at_least)
+
+
+def _ignore_pillow_warnings() -> None:
+    # warnings.catch_warnings is not for threads: the first reader to leave would undo what the others set
+    with _filter_lock:
+        if _PILLOW_WARNINGS not in warnings.filters:
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _decode(path: str, at_least: int | None, max_pixels: int) -> tuple[Image.Image, list[str]]:
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"more than {max_pixels} pixels")
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        conversions = []
+        if getattr(image, "is_animated", False):
+            conversions.append("first of several frames")
+        if "icc_profile" in image.info:
+            conversions.append("ICC profile ignored")
+        # some plugins turn the image themselves when it is loaded, and then there is no orientation left
+        image.load()
+        try:
+            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        except (SyntaxError, ValueError, struct.error):
+            turn = None
+            conversions.append("damaged EXIF ignored")
+        # 16 and 32 bits: Pillow's own conversion cuts off at 255
+        if image.mode.startswith("I"):
+            values = np.asarray(image)
+            if not 0 <= values.min() <= values.max() < 2**16:
+                raise ValueError(f"pixels of mode {image.mode} outside 0..65535")
+            picture = Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+            conversions.append("16-bit grey")
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels, whose range is unknown")
+        elif image.has_transparency_data:
+            picture = image.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+            conversions.append("alpha over white")
+        else:
+            picture = image.convert("RGB")
+            if image.mode not in ("RGB", "L", "P"):
+                conversions.append(f"mode {image.mode}")
+    if turn is not None:
+        picture = picture.transpose(turn)
+        conversions.append("EXIF orientation")
+    return picture, conversions
+
+
+def _reason(path: str, error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "empty file" if not Path(path).stat().st_size else f"not an image in {', '.join(FORMATS)}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # numbers in parentheses would make every file a reason of its own
+    text = re.sub(r" *\([^()]*\)", "", " ".join(str(error).split()))
+    return text or type(error).__name__
