@@ -42,7 +42,7 @@ class Learner(nn.Module):
     trained: bool = True
 
     def start(self, weak: Tensor) -> None:
-        """Measure what pseudo-labels need on the first weak batch [B_u, D], before the first step; nothing by default."""
+        """Measure what pseudo-labels need on the first weak batch [B_u, D], before the first step."""
 
     def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
         """Pseudo-labels of weak views [B_u, D], without gradient and without a change of state.
