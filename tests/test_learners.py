@@ -580,10 +580,13 @@ def test_daso_blend_by_hand():
     semantic = np.exp(20 * cosine) / np.exp(20 * cosine).sum(1, keepdims=True)
     share = v[linear.argmax(1)][:, None]
     blended = (1 - share) * linear + share * semantic
+    early = np.where(linear.max(1) >= 0.6, linear.argmax(1), -1)
+    assert (learner.pseudo(weak, 0.05).target.numpy() == early).all()
     pseudo = learner.pseudo(weak, 0.1)
     assert (pseudo.label.numpy() == blended.argmax(1)).all()
     wanted = np.where(blended.max(1) >= 0.6, blended.argmax(1), -1)
-    assert (wanted == -1).any() and (pseudo.target.numpy() == wanted).all()
+    assert (wanted == -1).any() and (wanted != early).any()
+    assert (pseudo.target.numpy() == wanted).all()
     np.testing.assert_allclose(pseudo.detail[0].numpy(), semantic, rtol=1e-4)
 
 
@@ -650,6 +653,11 @@ def test_acr_gives_each_head_its_own_labels():
     assert torch.equal(pseudo.detail[0], own)
     assert torch.equal(pseudo.label, balanced_label)
     assert torch.equal(pseudo.weight > 0, sure | (own >= 0))
+
+
+def test_a_class_without_labelled_images_counts_as_one_where_a_prior_divides():
+    learner = build_learner("acr", torch.randn(3, 4), torch.tensor([3, 0, 1]), seed=0)
+    torch.testing.assert_close(learner.labelled_prior(), torch.tensor([0.6, 0.2, 0.2]))
 
 
 def test_acr_counts_every_kept_label():
@@ -719,10 +727,10 @@ def test_finessl_margins_by_hand():
 def test_finessl_weighs_by_the_auxiliary_head_which_leaves_the_features_alone():
     learner, data = trained("finessl")
     labelled, targets, weak, strong = draw(data, 9, 2)
-    auxiliary = learner.auxiliary(weak).detach().softmax(-1).max(-1).values
+    main, auxiliary = (h(weak).detach().softmax(-1).max(-1).values for h in (learner.head, learner.auxiliary))
     pseudo = learner.pseudo(weak, 0.5)
     torch.testing.assert_close(pseudo.weight, 3.0 * auxiliary)
-    assert torch.equal(pseudo.detail[0], auxiliary >= 0.7)
+    assert torch.equal(pseudo.detail[0], main >= 0.7) and main.min() < 0.7 < main.max()
     assert torch.equal(pseudo.label, learner.head(weak).argmax(-1))
     features, rows = kept(pseudo, strong)
     z = learner.auxiliary(features).double().log_softmax(-1)

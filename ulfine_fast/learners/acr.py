@@ -10,10 +10,9 @@ adjustment (tau near 0), a uniform one takes the labelled prior out (1), a rever
 
 Source: "Towards Realistic Long-Tailed Semi-Supervised Learning: Consistency Is All You Need" (CVPR 2023): two heads,
 tau, anchors, threshold, two strong views, logit adjustment with tau 2 on labelled images. Published code fits tau
-once per epoch, and to an estimate whose indexed += takes each class of a batch once, however often it occurs: a list of
-the classes present. Here tau follows the estimate at every step and every kept pseudo-label counts. Also ours:
-text-initialised cosine heads, one more count for each class in u, which makes it uniform at the start, and its window
-(`RunningSum`).
+once per epoch, and to an estimate whose indexed += takes each class of a batch once, however often it occurs. Here
+tau follows the estimate at every step and every kept pseudo-label counts. Also ours: text-initialised cosine heads,
+one more count for each class in u, which makes it uniform at the start, and its window (`RunningSum`).
 """
 
 from __future__ import annotations
@@ -24,26 +23,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulfine_fast.learners.learner import Config, Pseudo, confident, ranged
-from ulfine_fast.learners.two_heads import TwoHeads
+from ulfine_fast.learners.learner import Pseudo, confident, ranged
+from ulfine_fast.learners.two_heads import TwoHeads, TwoHeadsConfig
 from ulfine_fast.losses import one_hot
 
 
 @dataclass(frozen=True)
-class AcrConfig(Config):
+class AcrConfig(TwoHeadsConfig):
     """Choices of ACR."""
 
     summary: str = "pseudo-labels adjusted by the distance from the labelled prior (ACR, CVPR 2023)"
-    adjust_labelled: float = ranged(2.0, 0)  # tau of the balanced head's labelled loss
-    views: int = ranged(2, 1, 2)
-    threshold: float = ranged(0.95, 0, 1)  # confidence from which a pseudo-label is kept
     unlabelled_weight: float = ranged(1.0, 0)
     largest_tau: float = ranged(2.0, 0)  # of the adjustment of the plain head's pseudo-labels
-    window: float = ranged(0.1, 0, 1)  # share of the steps so far that the estimate looks back on
 
 
 class Acr(TwoHeads):
-    """Predicts with the balanced head, whose labels are `label`; `detail` is its target [B_u], `target` the plain one's."""
+    """Predicts with the balanced head.
+
+    `label` is the balanced head's and `detail` its target [B_u], -1 where it is not kept; `target` is the plain head's.
+    """
 
     def tau(self) -> Tensor:
         """[] strength of the adjustment of the plain head's pseudo-labels, in [0, largest_tau]."""

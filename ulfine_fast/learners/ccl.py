@@ -19,22 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulfine_fast.learners.learner import Config, Pseudo, confident, ranged
-from ulfine_fast.learners.two_heads import TwoHeads
+from ulfine_fast.learners.learner import Pseudo, confident, ranged
+from ulfine_fast.learners.two_heads import TwoHeads, TwoHeadsConfig
 
 
 @dataclass(frozen=True)
-class CclConfig(Config):
+class CclConfig(TwoHeadsConfig):
     """Choices of CCL."""
 
     summary: str = "dual-head fusion with the prior of all images (arXiv 2410.06109)"
-    adjust_labelled: float = ranged(2.0, 0)  # tau of the balanced head's labelled loss
-    views: int = ranged(2, 1, 2)
-    threshold: float = ranged(0.95, 0, 1)  # confidence from which a pseudo-label is kept
     check_energy: bool = False  # whether the energy too must be sure
     energy_threshold: float = -8.75  # energy up to which a pseudo-label is then kept
     unlabelled_weight: float = ranged(1.5, 0)
-    window: float = ranged(0.1, 0, 1)  # share of the steps so far that the estimate looks back on
 
 
 class Ccl(TwoHeads):
@@ -68,4 +64,4 @@ class Ccl(TwoHeads):
         return {"fused": self.logits, "balanced": self.head, "plain": self.plain}
 
     def folded(self) -> None:
-        """None: the prior is a bias of the logits."""
+        """None, for the prior is a bias of the logits."""

@@ -37,9 +37,8 @@ class DasoConfig(Config):
     unlabelled_weight: float = ranged(1.0, 0)
     # of the alignment loss, times unlabelled_weight; above 0 the strong views of all images are encoded
     alignment_weight: float = ranged(1.0, 0)
-    blend_temperature: float = ranged(
-        1.5, 1e-3
-    )  # T; .3 in the paper for unlabelled data of another imbalance
+    # T; .3 in the paper for unlabelled data of another imbalance
+    blend_temperature: float = ranged(1.5, 1e-3)
     prototype_temperature: float = ranged(0.05, 1e-3)
     warm_up: float = ranged(0.02, 0, 1)  # share of the run
     window: float = ranged(0.1, 0, 1)  # share of the steps so far that the estimates look back on

@@ -1,16 +1,17 @@
 """FineSSL: balanced margins, and every pseudo-label weighed by a second head (arXiv 2405.11756).
 
-    main head:      cross-entropy with the margin m_y on all logits but the target's, on labelled images and, times the
-                    auxiliary confidence, on the strong views of every image
+    main head:      cross-entropy with the margin m_y on all logits but the target's, on labelled images and, times
+                    the auxiliary confidence, on the strong views of every image
     m_k = margin * (max s - min s) * (1 - s_k) / (1 + s_k),   s_k = n_k / max n
-    auxiliary head: cross-entropy with smoothed labels on detached features, on labelled images and on strong views
-                    whose auxiliary confidence is at least `threshold`
+    auxiliary head: cross-entropy with smoothed labels on detached features, on labelled images and on the strong
+                    views of accepted pseudo-labels, those of which the main head has a confidence >= threshold
 
 n: accepted pseudo-labels of each class. A class that few pseudo-labels reach gets a large margin. From the source: two
-cosine heads with a learned scale from 1 / .07, the second one a copy of the first, margin 8, smoothing .5, threshold .7,
-unlabelled weight 3, two strong views, no logit adjustment. Ours: the heads start from the text (there from random
-rows); n is a `RunningSum` with one more count for each class, where the source keeps the last label of every image and
-starts anew each epoch; and the margin is that of the row's class, as in LDAM.
+cosine heads with a learned scale from 1 / .07, the second one a copy of the first, margin 8, smoothing .5, threshold
+.7, unlabelled weight 3, two strong views, no logit adjustment. Ours: the heads start from the text (there from random
+rows); n is a `RunningSum` with one more count for each class, where the source keeps the last label of every image
+and starts anew each epoch; the margin is that of the class of the row, as in LDAM; and the main head accepts, for one
+that learns labels smoothed by .5 is hardly surer than .5.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class FineSslConfig(Config):
     adjust_labelled: float = ranged(0.0, 0)
     views: int = ranged(2, 1, 2)
     margin: float = ranged(8.0, 0)  # largest margin, in logits
-    threshold: float = ranged(0.7, 0, 1)  # auxiliary confidence from which a pseudo-label is accepted
+    threshold: float = ranged(0.7, 0, 1)  # confidence from which a pseudo-label is accepted
     label_smoothing: float = ranged(0.5, 0, 1)  # of the auxiliary head
     unlabelled_weight: float = ranged(3.0, 0)  # of the main head
     window: float = ranged(0.1, 0, 1)  # share of the steps so far that the class counts look back on
@@ -60,7 +61,7 @@ class LearnedScaleHead(CosineHead):
 
 
 class FineSsl(CosineLearner):
-    """`label` is the main head's; `detail` is whether the auxiliary head accepts it, [B_u] bool."""
+    """`label` is the main head's; `detail` is whether it is accepted, [B_u] bool."""
 
     def __init__(
         self, config: FineSslConfig, prototypes: Tensor, labelled_counts: Tensor, *, seed: int
@@ -79,11 +80,11 @@ class FineSsl(CosineLearner):
     @torch.no_grad()
     def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
         """The label of the main head, weighed by the confidence of the auxiliary one."""
-        label = confident(self.head(weak).softmax(-1))[0]
-        confidence = confident(self.auxiliary(weak).softmax(-1))[1]
-        confidence = torch.where(label >= 0, confidence, 0.0)
+        label, confidence = confident(self.head(weak).softmax(-1))
+        auxiliary = confident(self.auxiliary(weak).softmax(-1))[1]
+        weight = self.config.unlabelled_weight * torch.where(label >= 0, auxiliary, 0.0)
         accepted = (label >= 0) & (confidence >= self.config.threshold)
-        return Pseudo(label, self.config.unlabelled_weight * confidence, label, (accepted,))
+        return Pseudo(label, weight, label, (accepted,))
 
     def loss(
         self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: float

@@ -19,11 +19,9 @@ class Pseudo(NamedTuple):
     So the pseudo-labels of several processes or parts of a batch are joined by concatenation.
     """
 
-    label: Tensor  # [B_u] int64 in 0..C-1, for estimators and reports; -1 where the features are not finite
-    weight: Tensor  # [B_u] float32 >= 0, of the row in the loss; 0: its strong views need not be encoded
-    target: (
-        Tensor  # [B_u] int64, -1 where the main loss leaves the row out, or [B_u, C] float32 distributions
-    )
+    label: Tensor  # [B_u] int64 in 0..C-1, for estimators and reports; -1: features not finite
+    weight: Tensor  # [B_u] float32 >= 0, of the row in the loss; 0: its strong views are not needed
+    target: Tensor  # [B_u] int64, -1: not in the main loss; or [B_u, C] float32 distributions
     detail: tuple[Tensor, ...] = ()  # what else `loss` and `advance` of the same learner need
 
 
@@ -42,7 +40,7 @@ class Learner(nn.Module):
     trained: bool = True
 
     def start(self, weak: Tensor) -> None:
-        """Measure what pseudo-labels need on the first weak batch [B_u, D], before the first step; nothing by default."""
+        """Measure what pseudo-labels need on the first weak batch [B_u, D], before the first step."""
 
     def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
         """Pseudo-labels of weak views [B_u, D], without gradient and without a change of state.

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ulfine_fast.learners.cosine import CosineHead, CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, consistency
+from ulfine_fast.learners.learner import Config, Pseudo, consistency, ranged
 from ulfine_fast.learners.running import RunningSum
 from ulfine_fast.losses import cross_entropy
+
+
+@dataclass(frozen=True)
+class TwoHeadsConfig(Config):
+    """What ACR and CCL share, with the values of both."""
+
+    adjust_labelled: float = ranged(2.0, 0)  # tau of the balanced head's labelled loss
+    views: int = ranged(2, 1, 2)
+    threshold: float = ranged(0.95, 0, 1)  # confidence from which a pseudo-label is kept
+    window: float = ranged(0.1, 0, 1)  # share of the steps so far that the estimate looks back on
 
 
 class TwoHeads(CosineLearner):
@@ -20,7 +32,9 @@ class TwoHeads(CosineLearner):
         accepted: running sum [C] of what `advance` counts of the kept pseudo-labels.
     """
 
-    def __init__(self, config: Config, prototypes: Tensor, labelled_counts: Tensor, *, seed: int) -> None:
+    def __init__(
+        self, config: TwoHeadsConfig, prototypes: Tensor, labelled_counts: Tensor, *, seed: int
+    ) -> None:
         super().__init__(config, prototypes, labelled_counts, seed=seed)
         self.plain = CosineHead(prototypes, config.scale)
         self.accepted = RunningSum(len(prototypes), window=config.window)
