@@ -1,4 +1,6 @@
 import logging
+import signal
+import sys
 import threading
 from functools import partial
 
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from ulfine_fast import augment
 from ulfine_fast.augment import PIPELINES, view
@@ -329,6 +332,29 @@ def test_an_exception_in_the_caller_ends_the_threads(error) -> None:
     assert threading.active_count() == before
 
 
+def test_an_interrupt_while_waiting_ends_the_threads() -> None:
+    before, gate, source = threading.active_count(), Gate(), Source()
+
+    def read(_index) -> Image.Image:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        gate()
+        return Image.new("RGB", (8, 8))
+
+    source.read = read
+
+    def train() -> None:
+        with loader(source, workers=1) as views:
+            pending = views.submit("weak", UNLABELLED[:1], step=0)
+            try:
+                pending.result()
+            finally:
+                gate.open.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert threading.active_count() == before
+
+
 def test_results_after_close_say_so() -> None:
     gate, source = Gate(), Source()
     source.read = lambda index: gate() and Image.new("RGB", (8, 8))
@@ -393,6 +419,21 @@ def test_evaluation_ends_with_a_short_batch_and_leaves_no_thread() -> None:
     next(stopped)
     stopped.close()
     assert threading.active_count() == before
+
+
+def test_evaluation_shows_its_progress_on_a_terminal(capsys, monkeypatch) -> None:
+    views = partial(augment.test_views, pipeline=PIPELINE, size=SIZE)
+
+    def shown(progress) -> str:
+        for _ in evaluation_batches(Source(), views, batch_size=5, workers=0, progress=progress):
+            pass
+        return capsys.readouterr().err
+
+    assert shown(True) == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("ulfine_fast.loader.tqdm", partial(tqdm, mininterval=0))
+    assert "testing: 100%" in shown(True)
+    assert shown(False) == ""
 
 
 def test_evaluation_errors() -> None:

@@ -335,7 +335,7 @@ def _window(
 
 
 PIPELINES = {
-    # LoFT and ACR do not say how they resize, nor LIFT+ what it tests on: bilinear and LIFT's test are our choice.
+    # Bilinear but for LIFT+, and LIFT's test views for LIFT+ and LoFT, are our choice where nothing is published.
     "lift": Pipeline("lift", _resized_crop, _resized_crop, _centre_crop, growth="min"),
     "lift_plus": Pipeline(
         "lift_plus",

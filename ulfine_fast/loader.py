@@ -322,7 +322,10 @@ def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
 
 def default_workers() -> int:
     """Threads for a loader: as many as processors that this process may use, at most 16."""
-    return min(len(os.sched_getaffinity(0)), 16)
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), 16)
+    # macOS binds no process to processors
+    return min(os.cpu_count() or 1, 16)
 
 
 def log_unreadable(error: UnreadableImage) -> None:
