@@ -57,6 +57,20 @@ def test_every_view_of_every_shape(name, shape) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
+def test_every_draw_from_a_single_pixel(name) -> None:
+    pipeline = build_pipeline(name, cutout_px=0)
+    for seed in range(30):
+        got = view(Image.new("RGB", (1, 1), (9, 8, 7)), pipeline, "weak", np.random.default_rng(seed), size=8)
+        assert (got == torch.tensor([9, 8, 7])[:, None, None]).all()
+
+
+def test_loft_crops_labelled_images_as_lift_does() -> None:
+    picture = photograph(60, 50)
+    assert torch.equal(draw(picture, "loft", "labelled"), draw(picture, "lift", "labelled"))
+    assert not torch.equal(draw(picture, "loft", "weak"), draw(picture, "lift", "weak"))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_view_is_drawn_anew_by_another_generator(name, kind) -> None:
     views = [draw(photograph(60, 50), name, kind, seed) for seed in range(6)]
@@ -82,6 +96,8 @@ def test_the_grey_square(px, ratio, side) -> None:
         heights.add(int(grey.any(dim=1).sum()))
         widths.add(int(grey.any(dim=0).sum()))
     assert max(heights) == max(widths) == side
+    # its middle is within the view
+    assert min(heights) >= side // 2 and min(widths) >= side // 2
 
 
 @pytest.mark.parametrize("name", PIPELINES)

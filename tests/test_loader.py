@@ -183,23 +183,41 @@ def test_an_image_is_decoded_once_for_its_weak_and_strong_views() -> None:
     assert torch.equal(strong.images, expected)
 
 
+class Held:
+    """Requests to a loader with room for two images, and how many images each had to read."""
+
+    def __init__(self) -> None:
+        self.source = Source()
+        # of 24 x 20 pixels in four bytes
+        self.views = loader(self.source, workers=0, held_bytes=2 * 24 * 20 * 4)
+
+    def reads(self, kind, rows, step) -> int:
+        self.source.reads.clear()
+        self.views.submit(kind, np.array(rows), step=step).result()
+        return len(self.source.reads)
+
+
 def test_held_images_are_bounded_and_the_earliest_stay() -> None:
-    # of 24 x 20 pixels in four bytes
-    source = Source()
-    with loader(source, workers=1, held_bytes=2 * 24 * 20 * 4) as views:
-        for step in range(3):
-            views.submit("weak", UNLABELLED[:2], step=step).result()
-        source.reads.clear()
-        views.submit("strong", UNLABELLED[:2], step=0).result()
-        assert source.reads == []
-        views.submit("weak", UNLABELLED[2:4], step=3).result()
-        source.reads.clear()
-        # steps that asked for no strong views give their room back
-        views.submit("strong", UNLABELLED[2:4], step=3).result()
-        views.submit("weak", UNLABELLED[:2], step=4).result()
-        source.reads.clear()
-        views.submit("strong", UNLABELLED[:2], step=4).result()
-        assert source.reads == []
+    held = Held()
+    for step in (0, 1):
+        assert held.reads("weak", [1, 3], step) == 2
+    assert held.reads("strong", [1, 3], 0) == 0
+    assert held.reads("strong", [1, 3], 1) == 2
+
+
+def test_steps_without_strong_views_give_their_room_back() -> None:
+    held = Held()
+    held.reads("weak", [1, 3], 0)
+    assert held.reads("strong", [5], 1) == 1
+    held.reads("weak", [7, 8], 2)
+    assert held.reads("strong", [7, 8], 2) == 0
+
+
+def test_an_image_is_held_once_for_all_its_views() -> None:
+    held = Held()
+    for step in range(3):
+        assert held.reads("weak", [1, 1, 3], step) == 3
+        assert held.reads("strong", [1, 3, 1], step) == 0
 
 
 def test_randaugment_on_the_device_changes_only_rounding() -> None:
@@ -300,6 +318,23 @@ def test_workers_do_the_earliest_step_first() -> None:
             future.result(10)
         assert first.result() == "through"
     assert done == ["strong 0", "weak 1", "more weak 1", "weak 2"]
+
+
+def test_a_loader_serves_the_earliest_step_first() -> None:
+    gate, source = Gate(), Source()
+    read = source.read
+    source.read = lambda index: (index == 1 and gate(), read(index))[1]
+    with loader(source, workers=1) as views:
+        blocking = views.submit("weak", np.array([1]), step=9)
+        assert gate.begun.wait(10)
+        pending = [
+            views.submit(kind, np.array([row]), step=step)
+            for kind, row, step in (("weak", 3, 9), ("labelled", 4, 8), ("strong", 5, 7))
+        ]
+        gate.open.set()
+        for request in (blocking, *pending):
+            request.result()
+    assert source.reads == [1, 5, 4, 3]
 
 
 def test_close_cancels_what_waits_and_ends_the_threads() -> None:
