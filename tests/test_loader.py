@@ -379,9 +379,8 @@ def test_an_interrupt_while_waiting_ends_the_threads() -> None:
 
     def train() -> None:
         with loader(source, workers=1) as views:
-            pending = views.submit("weak", UNLABELLED[:1], step=0)
             try:
-                pending.result()
+                views.submit("weak", UNLABELLED[:1], step=0).result()
             finally:
                 gate.open.set()
 

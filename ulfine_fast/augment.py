@@ -327,7 +327,7 @@ def _window(
         x1 * image.width / width,
         y1 * image.height / height,
     )
-    seen = image.crop(box) if image.size == scaled else image.resize((x1 - x0, y1 - y0), resampling, box)
+    seen = image.resize((x1 - x0, y1 - y0), resampling, box)
     if seen.size == (size, size):
         return seen
     beyond = ((y0 - top, top + size - y1), (x0 - left, left + size - x1), (0, 0))
