@@ -2,6 +2,7 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -367,12 +368,29 @@ def test_an_exception_in_the_caller_ends_the_threads(error) -> None:
     assert threading.active_count() == before
 
 
+@pytest.fixture
+def interrupted_once() -> Iterator[None]:
+    """The first SIGINT raises KeyboardInterrupt, later ones do nothing."""
+    seen = []
+
+    def interrupt(*_) -> None:
+        seen.append(1)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupted_once")
 def test_an_interrupt_while_waiting_ends_the_threads() -> None:
-    before, gate, source = threading.active_count(), Gate(), Source()
+    before, left, source = threading.active_count(), threading.Event(), Source()
 
     def read(_index) -> Image.Image:
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        gate()
+        # again and again: a signal that comes just before the main thread begins to wait does not wake it
+        while not left.wait(0.01):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return Image.new("RGB", (8, 8))
 
     source.read = read
@@ -382,7 +400,7 @@ def test_an_interrupt_while_waiting_ends_the_threads() -> None:
             try:
                 views.submit("weak", UNLABELLED[:1], step=0).result()
             finally:
-                gate.open.set()
+                left.set()
 
     with pytest.raises(KeyboardInterrupt):
         train()
