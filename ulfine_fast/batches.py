@@ -18,7 +18,7 @@ from ulfine_fast.trainer import Stream
 if TYPE_CHECKING:
     from ulfine_fast.augment import Kind
     from ulfine_fast.features import FeatureData
-    from ulfine_fast.images import ImageData
+    from ulfine_fast.image_data import ImageData
     from ulfine_fast.loader import Pending, ViewLoader
 
 

@@ -16,12 +16,12 @@ import importlib.util
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ulfine_fast.assets import asset, verified
 
@@ -39,9 +39,11 @@ TEXT_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab
 TOKENIZER_SHA256 = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 BANDWIDTH = 0.05
 
+LITE_MEAN = 127.0
+LITE_STD = 128.0
 _PREPROCESSING = {
-    "mean": 127.0,
-    "scale": 128.0,
+    "mean": LITE_MEAN,
+    "scale": LITE_STD,
     "resize": "bicubic, antialias",
     "grey": "three equal channels",
 }
@@ -91,11 +93,9 @@ class LiteClip:
     dim = 1280
 
     def __init__(self, device: torch.device | str = "cpu", variant: str = "lite0") -> None:
-        if variant not in IMAGE_WEIGHTS:
-            raise ValueError(f"LiteClip: variant must be {' or '.join(IMAGE_WEIGHTS)}, got {variant!r}")
         self.device = torch.device(device)
-        weights = torch.load(_image_weights(variant), map_location="cpu", weights_only=True)
-        self._stem, self._blocks, self._head = _image_tower(weights, _BLOCKS[variant], self.device)
+        weights = lite_weights(variant)
+        self._network = LiteNet(variant, weights).to(self.device)
         self.classifier_rows: Tensor = weights["_fc.weight"].to(self.device)
         described = json.dumps({"weights": IMAGE_WEIGHTS[variant][1], **_PREPROCESSING}, sort_keys=True)
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
@@ -126,7 +126,7 @@ class LiteClip:
             x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp_(0, 255)
             x = (128 - x if invert else x - 127).div_(128)
             x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-            features[start : start + micro_batch] = self._tower(x)
+            features[start : start + micro_batch] = self._network(x)
         return features
 
     def class_prototypes(self, text_embeddings: Tensor, bandwidth: float = BANDWIDTH) -> Tensor:
@@ -153,13 +153,16 @@ class LiteClip:
         """`class_prototypes` of `text_embeddings(class_names)`: float32 [C, 1280], unit rows."""
         return self.class_prototypes(text_embeddings(class_names))
 
-    def _tower(self, x: Tensor) -> Tensor:
-        x = _relu6(self._stem(x))
-        for block in self._blocks:
-            y = x if block.expand is None else _relu6(block.expand(x))
-            y = block.project(_relu6(block.depthwise(y)))
-            x = y.add_(x) if block.residual else y
-        return _relu6(self._head(x)).mean(dim=(2, 3))
+
+def lite_weights(variant: str) -> dict[str, Tensor]:
+    """The published weights of "lite0" or "lite2" by their published names, on the CPU.
+
+    Raises ImportError when the weights' package is missing and ValueError when the file is not the expected one
+    or the variant is unknown.
+    """
+    if variant not in IMAGE_WEIGHTS:
+        raise ValueError(f"lite_weights: variant must be {' or '.join(IMAGE_WEIGHTS)}, got {variant!r}")
+    return torch.load(_image_weights(variant), map_location="cpu", weights_only=True)
 
 
 def text_embeddings(class_names: tuple[str, ...] | list[str]) -> Tensor:
@@ -202,68 +205,80 @@ def embed_text(texts: list[str]) -> Tensor:
     return torch.cat(rows)
 
 
-class _Convolution:
+class _Convolution(nn.Conv2d):
     """A convolution with its batch norm folded in and TensorFlow's "same" padding, for even input sides."""
 
-    def __init__(
-        self, weights: dict[str, Tensor], conv: str, norm: str, stride: int, device: torch.device
-    ) -> None:
+    def __init__(self, weights: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> None:
         weight = weights[f"{conv}.weight"]
+        channels, kernel = weight.shape[0], weight.shape[2]
+        # a depthwise kernel has one input channel for each group
+        groups = channels if weight.shape[1] == 1 else 1
+        super().__init__(
+            weight.shape[1] * groups, channels, kernel, stride, (kernel - 1) // 2, 1, groups, device="meta"
+        )
         gain = weights[f"{norm}.weight"] / torch.sqrt(weights[f"{norm}.running_var"] + _BATCH_NORM_EPS)
-        self.bias = (weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * gain).to(device)
-        kernel = weight.shape[2]
-        self.padding = (kernel - 1) // 2
-        weight = weight * gain[:, None, None, None]
-        if stride == 2:
+        folded = (weight * gain[:, None, None, None]).contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(folded)
+        self.bias = nn.Parameter(weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.stride == (2, 2):
             # "same" pads one pixel more behind than before; a zero tap in front makes the two equal, and
             # padding inside the convolution spares a copy of its input: measured 1.2 times faster
             weight = F.pad(weight, (1, 0, 1, 0))
-        self.weight = weight.to(device).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)
+
+
+class LiteBlock(nn.Module):
+    """A mobile inverted bottleneck: expand, depthwise, project; y = branch(x), plus x where shapes allow it.
+
+    Maps [B, channels, H, W] to [B, out_channels, H / stride, W / stride], any floating dtype.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], name: str, stride: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential()
+        if f"{name}._expand_conv.weight" in weights:
+            self.branch.append(_Convolution(weights, f"{name}._expand_conv", f"{name}._bn0"))
+            self.branch.append(nn.ReLU6(inplace=True))
+        self.branch.append(_Convolution(weights, f"{name}._depthwise_conv", f"{name}._bn1", stride))
+        self.branch.append(nn.ReLU6(inplace=True))
+        self.branch.append(_Convolution(weights, f"{name}._project_conv", f"{name}._bn2"))
         self.stride = stride
-        # a depthwise kernel has one input channel for each group
-        self.groups = weight.shape[0] if weight.shape[1] == 1 else 1
+        self.channels: int = self.branch[0].in_channels
+        self.out_channels: int = self.branch[-1].out_channels
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
-
-
-class _Block(NamedTuple):
-    expand: _Convolution | None
-    depthwise: _Convolution
-    project: _Convolution
-    residual: bool
+    def forward(self, x: Tensor) -> Tensor:
+        """One block, see the class."""
+        y = self.branch(x)
+        return y.add_(x) if self.stride == 1 and self.channels == self.out_channels else y
 
 
-def _image_tower(
-    weights: dict[str, Tensor], stages: tuple[int, ...], device: torch.device
-) -> tuple[_Convolution, list[_Block], _Convolution]:
-    blocks: list[_Block] = []
-    channels = weights["_conv_stem.weight"].shape[0]
-    for repeats, first_stride in zip(stages, _STRIDES, strict=True):
-        for repeat in range(repeats):
-            name = f"_blocks.{len(blocks)}."
-            stride = first_stride if repeat == 0 else 1
-            out_channels = weights[f"{name}_project_conv.weight"].shape[0]
-            has_expand = f"{name}_expand_conv.weight" in weights
-            block = _Block(
-                expand=(
-                    _Convolution(weights, f"{name}_expand_conv", f"{name}_bn0", 1, device)
-                    if has_expand
-                    else None
-                ),
-                depthwise=_Convolution(weights, f"{name}_depthwise_conv", f"{name}_bn1", stride, device),
-                project=_Convolution(weights, f"{name}_project_conv", f"{name}_bn2", 1, device),
-                residual=stride == 1 and channels == out_channels,
-            )
-            blocks.append(block)
-            channels = out_channels
-    stem = _Convolution(weights, "_conv_stem", "_bn0", 2, device)
-    head = _Convolution(weights, "_conv_head", "_bn1", 1, device)
-    return stem, blocks, head
+class LiteNet(nn.Module):
+    """EfficientNet-Lite without its classifier: the mean over positions of the last ReLU6 map, in [0, 6].
 
+    variant and weights: "lite0" or "lite2" and its `lite_weights`. Maps images float [B, 3, S, S], normalised by
+    `LITE_MEAN` and `LITE_STD` and S a multiple of 32, to features [B, 1280]. Batch norm is folded into the
+    convolutions, so rows do not depend on each other in training either.
+    """
 
-def _relu6(x: Tensor) -> Tensor:
-    return x.clamp_(0, 6)
+    dim = 1280
+
+    def __init__(self, variant: str, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.stem = _Convolution(weights, "_conv_stem", "_bn0", 2)
+        self.blocks = nn.Sequential()
+        for repeats, first_stride in zip(_BLOCKS[variant], _STRIDES, strict=True):
+            for repeat in range(repeats):
+                stride = first_stride if repeat == 0 else 1
+                self.blocks.append(LiteBlock(weights, f"_blocks.{len(self.blocks)}", stride))
+        self.head = _Convolution(weights, "_conv_head", "_bn1")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of images, see the class."""
+        x = F.relu6(self.stem(x), inplace=True)
+        return F.relu6(self.head(self.blocks(x)), inplace=True).mean(dim=(2, 3))
 
 
 def _encode_tokens(ids: Tensor, mask: Tensor, weights: dict[str, Tensor]) -> Tensor:

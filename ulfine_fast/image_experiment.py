@@ -24,8 +24,10 @@ from ulfine_fast.distributed import World, gather_rows
 from ulfine_fast.experiment import UNITS, curve, surroundings
 from ulfine_fast.features import FeatureData
 from ulfine_fast.finetune import Student, finetune, load_tuned_tensors, tuned_tensors
-from ulfine_fast.image_files import folder_data, table_data
-from ulfine_fast.images import ChosenImages, ImageData, ImageSource
+from ulfine_fast.image_data import ImageData
+from ulfine_fast.image_folders import folder_data
+from ulfine_fast.image_tables import table_data
+from ulfine_fast.images import ChosenImages, ImageSource
 from ulfine_fast.learners import LEARNERS, Config, DualConfig, build_learner
 from ulfine_fast.loader import ViewLoader, default_workers, evaluation_batches
 from ulfine_fast.run_folder import CONFIG, load_run

@@ -1,0 +1,586 @@
+"""Image encoders that can be fine-tuned: a CLIP of open_clip, a backbone of timm, or the offline lite CLIP.
+
+`load_tower` gives each the same face, a `Tower`: uint8 images in, features out, and where there is a text tower
+also prototypes for class names. Nothing here sees a batch as a whole (no batch statistics, no dropout, in
+training either), so a row that is left out of a batch changes no other row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ulfine_fast.encoder import (
+    IMAGE_WEIGHTS,
+    LITE_MEAN,
+    LITE_STD,
+    LiteClip,
+    LiteNet,
+    lite_weights,
+    text_embeddings,
+)
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+LOGGER = logging.getLogger(__name__)
+LITE_SIZE = 160
+Space = Literal["joint", "visual"]
+
+_TEXTS_AT_ONCE = 256
+# what reading a file raises that is damaged, holds code, or fits another model
+_UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, SafetensorError)
+
+
+class TextSide(NamedTuple):
+    """How a tower turns texts into prototypes."""
+
+    # texts and the device to work on -> float [N, text width], any length
+    embed: Callable[[list[str], torch.device], Tensor]
+    # unit rows, one for each class -> float [C, dim], any length
+    place: Callable[[Tensor], Tensor]
+    # what stands for `templates=None`
+    templates: tuple[str, ...]
+
+
+class Tower(nn.Module):
+    """An image encoder with everything that belongs to its input and its feature space.
+
+    network: float images [B, 3, size, size], normalised, to features [B, dim]. mean and std: of the three
+    channels in units of 0..255; an image is normalised as (image - mean) / std.
+
+    name: what it was loaded as. dim: width of a feature. size: side of an image, pixels. patch: side of a patch,
+    pixels, None for a convolutional network. fingerprint: hex sha256 over names, shapes and content of the image
+    weights as loaded, architecture, preprocessing and feature space. has_text: `text_prototypes` works.
+    centred: features and prototypes are comparable only after the mean feature of the training images has been
+    written to the buffer `centre` float32 [dim], which is zero until then. tuning: name of the strategy that
+    `tuning.tune` has applied, None before.
+
+    A tower is always in evaluation mode: `train()` changes nothing, batch norms keep their statistics (their gain
+    and bias can be trained), nothing drops out.
+    """
+
+    mean: Tensor
+    std: Tensor
+    centre: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        name: str,
+        dim: int,
+        size: int,
+        patch: int | None,
+        mean: Iterable[float],
+        std: Iterable[float],
+        fingerprint: str,
+        text: TextSide | None = None,
+        centred: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.name, self.dim, self.size, self.patch = name, dim, size, patch
+        self.fingerprint, self.centred = fingerprint, centred
+        self.tuning: str | None = None
+        # outside the module: the text tower is neither trained nor saved nor copied
+        self._text = text
+        self.register_buffer("mean", torch.tensor([*mean])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([*std])[:, None, None], persistent=False)
+        self.register_buffer("centre", torch.zeros(dim))
+        self.eval()
+
+    @property
+    def has_text(self) -> bool:
+        """Whether `text_prototypes` works."""
+        return self._text is not None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The residual blocks from input to output; empty where the network is of an unknown make.
+
+        `Blocks`, whose items can be replaced, for a plain vision transformer and for the lite towers.
+        """
+        for module in self.network.modules():
+            if isinstance(module, Blocks):
+                return module
+        trunk = getattr(self.network, "trunk", self.network)
+        if hasattr(trunk, "blocks"):
+            return list(trunk.blocks)
+        stages = (getattr(trunk, f"layer{stage}", ()) for stage in (1, 2, 3, 4))
+        return [block for stage in stages for block in stage]
+
+    def train(self, mode: bool = True) -> Tower:
+        """Stay in evaluation mode, see the class."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images less the centre, not of unit length.
+
+        images: uint8 [B >= 1, 3, size, size] on the tower's device. Returns float32 [B, dim], under autocast too. Raises
+        ValueError for another dtype or shape.
+        """
+        expected = (3, self.size, self.size)
+        if images.dtype != torch.uint8 or images.shape[1:] != expected or len(images) == 0:
+            raise ValueError(
+                f"Tower: images must be uint8 [B >= 1, 3, {self.size}, {self.size}],"
+                f" got {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            )
+        x = images.to(torch.float32, memory_format=torch.channels_last)
+        return self.network((x - self.mean) / self.std) - self.centre
+
+    @torch.no_grad()
+    def text_prototypes(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+        """Prototypes of classes from their names.
+
+        prototype_k = unit(place(unit(sum_t unit(text(t.format(name_k)))))) over the templates t, where place is the
+        identity, in the space "visual" the transposed projection (Shi et al., LIFT, 2024), for a lite tower
+        `LiteClip.class_prototypes`. An underscore in a name stands for a space.
+
+        templates: each with one {} for the name. None: "a photo of a {}." (Radford et al., CLIP, 2021), and the
+        name alone for a lite tower. Returns float32 [C, dim], unit rows, on the tower's device. Raises ValueError
+        for a tower without text, for empty names or templates and for a text that is longer than the context.
+        """
+        if self._text is None:
+            raise ValueError(
+                f"text_prototypes: tower must have a text tower, got {self.name}, which has none:"
+                " start from the class means of labelled features instead"
+            )
+        names = [name.replace("_", " ") for name in class_names]
+        if not names or not all(name.strip() for name in names):
+            raise ValueError(f"text_prototypes: class names must be non-empty strings, got {class_names!r}")
+        if templates is None:
+            templates = self._text.templates
+        if not templates or isinstance(templates, str) or any(t.count("{}") != 1 for t in templates):
+            raise ValueError(
+                f"text_prototypes: templates must be texts with one {{}} for the name, got {templates!r}"
+            )
+        texts = (
+            self._text.embed([template.format(name) for name in names], self.centre.device)
+            for template in templates
+        )
+        texts = F.normalize(sum(F.normalize(text.float(), dim=1) for text in texts), dim=1)
+        return F.normalize(self._text.place(texts), dim=1).to(self.centre.device)
+
+
+class Blocks(nn.Sequential):
+    """Residual blocks in order. checkpointing: keep only their inputs and compute them again in backward."""
+
+    checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x through all blocks."""
+        for block in self:
+            if self.checkpointing and torch.is_grad_enabled():
+                # nothing in a tower draws at random, so there is no generator to wind back
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return x
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm block: x + attention(x), then x + ffn(x), each branch with its own norm, for tokens [B, T, D].
+
+    The branches are what fine-tuning modules are put into: attention holds `norm`, `attend` (with linear layers
+    `qkv` and `proj`) and `scale`; ffn holds `norm`, `mlp` and `scale`. dim: D.
+    """
+
+    def __init__(self, attention: nn.Sequential, ffn: nn.Sequential) -> None:
+        super().__init__()
+        self.dim: int = ffn.norm.normalized_shape[0]
+        self.attention = attention
+        self.ffn = ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block, see the class."""
+        x = x + self.attention(x)
+        return x + self.ffn(x)
+
+
+class SelfAttention(nn.Module):
+    """The self-attention of an `nn.MultiheadAttention`, with its weights, as plain linear layers.
+
+    softmax(q k' / sqrt(D / heads)) v for tokens [B, T, D], always by scaled_dot_product_attention. The module that
+    it replaces takes another path, with other rounding, without gradients; and its packed weight is no layer that
+    could be adapted.
+    """
+
+    def __init__(self, packed: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads = packed.num_heads
+        self.qkv = nn.Linear(packed.embed_dim, 3 * packed.embed_dim, device="meta")
+        self.qkv.weight, self.qkv.bias = packed.in_proj_weight, packed.in_proj_bias
+        self.proj = packed.out_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attended tokens [B, T, D]."""
+        packed = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, heads, D / heads]
+        query, key, value = packed.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+def load_tower(
+    model: str = "lite0",
+    pretrained: str | None = None,
+    *,
+    space: Space = "joint",
+    size: int | None = None,
+    compile: bool = False,  # noqa: A002
+    gradient_checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tower:
+    """Load an image encoder for fine-tuning, with float32 weights.
+
+    model, and what `pretrained` may be with it:
+      "lite0", "lite2": the offline encoder of `LiteClip`, None.
+      a name of `open_clip.list_models()`: one of its tags, or a checkpoint file (.safetensors, or .pt without
+        pickled code). A tag is loaded only with the activation it was trained with, e.g. "ViT-B-16-quickgelu" and
+        not "ViT-B-16" for "openai"; of a file this cannot be known, so the activation is what the name says.
+      a folder with open_clip_config.json and weights, or "hf-hub:OWNER/NAME": None.
+      "timm:NAME", a backbone without text: a tag of it, or a checkpoint file; "timm:NAME.TAG" has the image
+        statistics of the tag, and also its weights where `pretrained` is None.
+    Where None leaves the weights at random, a warning is logged.
+
+    space: "joint", the space of images and texts, or "visual", the features of a CLIP's vision transformer before
+    its projection. size: side of the input, pixels; None: the model's own, 160 for a lite tower. A multiple
+    of the patch, of 32 for a lite tower. compile: the network goes through torch.compile. gradient_checkpointing: blocks keep only their
+    input and are computed again in backward.
+
+    Raises ValueError for a name, tag, file, space or size that does not fit, ConnectionError when weights cannot be
+    downloaded, ImportError when a package is missing.
+    """
+    if space not in get_args(Space):
+        raise ValueError(f"load_tower: space must be joint or visual, got {space!r}")
+    if size is not None and size < 1:
+        raise ValueError(f"load_tower: size must be at least 1, got {size}")
+    if model in IMAGE_WEIGHTS:
+        tower = _lite_tower(model, pretrained, space, size or LITE_SIZE)
+    elif model.startswith("timm:"):
+        tower = _timm_tower(model, pretrained, space, size)
+    else:
+        tower = _open_clip_tower(model, pretrained, space, size)
+    if size is not None and tower.patch is not None and size % tower.patch:
+        raise ValueError(f"load_tower: size must be a multiple of the patch, {tower.patch}, got {size}")
+    if gradient_checkpointing:
+        if not isinstance(tower.blocks, Blocks):
+            raise ValueError(
+                f"load_tower: gradient_checkpointing must be False for {model}, which is neither a plain vision"
+                " transformer nor a lite tower, got True"
+            )
+        tower.blocks.checkpointing = True
+    # convolutions, the patch embedding among them, are faster with channels last
+    tower.to(device=device, memory_format=torch.channels_last)
+    if compile:
+        tower.network.compile()
+    return tower
+
+
+def _lite_tower(variant: str, pretrained: str | None, space: str, size: int) -> Tower:
+    if pretrained is not None:
+        raise ValueError(f"load_tower: pretrained must be None for {variant}, got {pretrained!r}")
+    if size % 32:
+        raise ValueError(f"load_tower: size must be a multiple of 32 for {variant}, got {size}")
+    _joint_only(variant, space)
+    network = LiteNet(variant, lite_weights(variant))
+    network.blocks = Blocks(*network.blocks)
+    return _tower(
+        network,
+        {"architecture": variant, "size": size, "mean": [LITE_MEAN] * 3, "std": [LITE_STD] * 3},
+        name=variant,
+        dim=LiteNet.dim,
+        patch=None,
+        text=TextSide(
+            embed=lambda texts, _device: text_embeddings(texts),
+            place=lambda texts: LiteClip(variant=variant).class_prototypes(texts),
+            templates=("{}",),
+        ),
+        centred=True,
+    )
+
+
+def _timm_tower(model: str, pretrained: str | None, space: str, size: int | None) -> Tower:
+    try:
+        import timm
+    except ImportError as error:
+        raise _missing(error) from error
+    architecture, _, tag = model.removeprefix("timm:").partition(".")
+    if not timm.is_model(architecture):
+        raise ValueError(f"load_tower: model must be timm: and a name of timm.list_models(), got {model!r}")
+    _joint_only(model, space)
+    file = pretrained if pretrained and Path(pretrained).is_file() else None
+    tag = tag if file else pretrained or tag
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise _unknown_weights(tags, tag)
+    if not (file or tag):
+        _warn_of_random_weights(model)
+    full_name = f"{architecture}.{tag}" if tag else architecture
+    try:
+        network = timm.create_model(full_name, pretrained=bool(tag and not file), num_classes=0)
+    except OSError as error:
+        raise _no_download(full_name, error) from None
+    if file:
+        _load_timm_file(network, file, full_name)
+    if size is not None and hasattr(network, "set_input_size"):
+        network.set_input_size(img_size=size)
+    _own_timm_blocks(network)
+    data = timm.data.resolve_model_data_config(network)
+    return _tower(
+        network,
+        {
+            "architecture": architecture,
+            "size": size or _side(data["input_size"][1:], model),
+            **_in_levels(data),
+        },
+        name=model,
+        dim=network.head_hidden_size,
+        patch=_patch(network),
+    )
+
+
+def _load_timm_file(network: nn.Module, path: str, name: str) -> None:
+    # timm itself would leave what the file lacks at random
+    from timm.models import load_state_dict
+
+    classifier = network.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    try:
+        weights = load_state_dict(path)
+        weights = {
+            key: value for key, value in weights.items() if not key.startswith(tuple(f"{h}." for h in heads))
+        }
+        network.load_state_dict(weights)
+    except _UNREADABLE as error:
+        raise _not_a_checkpoint(name, path, error) from error
+
+
+def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int | None) -> Tower:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise _missing(error) from error
+    # a run's own folder may be called after its model
+    folder = model not in open_clip.list_models() and Path(model).is_dir()
+    complete = folder or model.startswith("hf-hub:")
+    source = f"local-dir:{model}" if folder else model
+    if complete and pretrained is not None:
+        raise ValueError(
+            f"load_tower: pretrained must be None for {model}, which has weights, got {pretrained!r}"
+        )
+    try:
+        config = open_clip.get_model_config(source)
+    except OSError as error:
+        if folder:
+            raise ValueError(
+                f"load_tower: model must be a folder with open_clip_config.json, got {model}"
+            ) from error
+        raise _no_download(model, error) from None
+    if config is None:
+        raise ValueError(
+            f"load_tower: model must be {', '.join(IMAGE_WEIGHTS)}, timm:NAME, a folder with open_clip_config.json"
+            f" or a name of open_clip.list_models(), got {model!r}"
+        )
+    if pretrained is None:
+        if not complete:
+            _warn_of_random_weights(model)
+    elif open_clip.get_pretrained_cfg(model, pretrained):
+        _fetch_tag(open_clip, model, pretrained, config)
+    elif not Path(pretrained).is_file():
+        raise _unknown_weights(open_clip.list_pretrained_tags_by_model(model), pretrained)
+    try:
+        clip = open_clip.create_model(
+            source,
+            pretrained=pretrained,
+            force_image_size=size,
+            require_pretrained=complete or pretrained is not None,
+        )
+    except _UNREADABLE as error:
+        raise _not_a_checkpoint(model, pretrained or model, error) from error
+
+    network, clip.visual = clip.visual, None
+    if hasattr(network, "output_tokens"):
+        network.output_tokens = False
+    dim, projection = config["embed_dim"], None
+    if space == "visual":
+        projection = getattr(network, "proj", None)
+        if not isinstance(projection, nn.Parameter):
+            _joint_only(model, space)
+        network.proj = None
+        dim = len(projection)
+    _own_open_clip_blocks(network)
+    _own_timm_blocks(getattr(network, "trunk", None))
+    preprocess = open_clip.get_model_preprocess_cfg(network)
+    return _tower(
+        network,
+        {
+            "architecture": {key: config.get(key) for key in ("embed_dim", "vision_cfg", "quick_gelu")},
+            "space": space,
+            "size": _side(network.image_size, model),
+            **_in_levels(preprocess),
+        },
+        name=Path(model).name if folder else model,
+        dim=dim,
+        patch=_patch(network),
+        text=_clip_text(clip, source, projection),
+    )
+
+
+def _fetch_tag(open_clip: ModuleType, model: str, tag: str, config: Mapping[str, Any]) -> None:
+    weights = open_clip.get_pretrained_cfg(model, tag)
+    if bool(weights.get("quick_gelu")) != bool(config.get("quick_gelu")):
+        # open_clip would only warn
+        twin = f"{model}-quickgelu"
+        known = open_clip.get_pretrained_cfg(twin, tag) and twin in open_clip.list_models()
+        activation = "QuickGELU" if weights.get("quick_gelu") else "GELU"
+        raise ValueError(
+            f"load_tower: model must have the activation of {tag!r}, {activation}, got {model};"
+            + (f" use {twin}" if known else " a checkpoint file is loaded with the activation of the model")
+        )
+    try:
+        open_clip.download_pretrained(weights)
+    except (OSError, RuntimeError) as error:
+        raise _no_download(f"{model} {tag}", error) from None
+
+
+def _clip_text(clip: nn.Module, source: str, projection: Tensor | None) -> TextSide:
+    # open_clip has no switch against cutting off a text, so it is asked for one token more: where a text was cut,
+    # the end mark has moved
+    def embed(texts: list[str], device: torch.device) -> Tensor:
+        import open_clip
+
+        try:
+            tokenizer = open_clip.get_tokenizer(source)
+        except OSError as error:
+            raise _no_download(f"the tokenizer of {source}", error) from None
+        length = clip.context_length
+        tokens = tokenizer(texts, context_length=length)
+        cut = (tokenizer(texts, context_length=length + 1)[:, :length] != tokens).any(dim=1)
+        if cut.any():
+            raise ValueError(
+                f"text_prototypes: a text must have at most {length} tokens,"
+                f" got {shorten(texts[int(cut.nonzero()[0])], 100)!r}"
+            )
+        # it takes its room on the device for this call only
+        clip.to(device)
+        rows = [clip.encode_text(part) for part in tokens.to(device).split(_TEXTS_AT_ONCE)]
+        clip.to("cpu")
+        return torch.cat(rows)
+
+    def place(texts: Tensor) -> Tensor:
+        return texts if projection is None else texts @ projection.detach().to(texts).T
+
+    clip.eval().requires_grad_(False)
+    return TextSide(embed, place, ("a photo of a {}.",))
+
+
+def _own_open_clip_blocks(network: nn.Module) -> None:
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+    if not isinstance(network, VisionTransformer):
+        return
+    blocks = network.transformer.resblocks
+    if all(type(block) is ResidualAttentionBlock for block in blocks):
+        network.transformer = Blocks(
+            *(
+                _transformer_block(
+                    (block.ln_1, SelfAttention(block.attn), block.ls_1), (block.ln_2, block.mlp, block.ls_2)
+                )
+                for block in blocks
+            )
+        )
+
+
+def _own_timm_blocks(network: nn.Module | None) -> None:
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
+
+    if not isinstance(network, VisionTransformer):
+        return
+    if all(type(block) is Block and type(block.attn) is Attention for block in network.blocks):
+        network.blocks = Blocks(
+            *(
+                _transformer_block((block.norm1, block.attn, block.ls1), (block.norm2, block.mlp, block.ls2))
+                for block in network.blocks
+            )
+        )
+
+
+def _transformer_block(
+    attention: tuple[nn.Module, nn.Module, nn.Module], ffn: tuple[nn.Module, nn.Module, nn.Module]
+) -> TransformerBlock:
+    return TransformerBlock(
+        nn.Sequential(OrderedDict(zip(("norm", "attend", "scale"), attention, strict=True))),
+        nn.Sequential(OrderedDict(zip(("norm", "mlp", "scale"), ffn, strict=True))),
+    )
+
+
+def _tower(network: nn.Module, described: dict[str, Any], **arguments: Any) -> Tower:
+    content = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        content.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    preprocessing = {key: described[key] for key in ("size", "mean", "std")}
+    return Tower(network, fingerprint=content.hexdigest(), **preprocessing, **arguments)
+
+
+def _in_levels(statistics: Mapping[str, Any]) -> dict[str, list[float]]:
+    return {key: [255 * value for value in statistics[key]] for key in ("mean", "std")}
+
+
+def _patch(network: nn.Module) -> int | None:
+    trunk = getattr(network, "trunk", network)
+    return getattr(getattr(trunk, "patch_embed", trunk), "patch_size", (None,))[0]
+
+
+def _side(size: int | Sequence[int], model: str) -> int:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ValueError(f"load_tower: images must be square, got {height} x {width} for {model}")
+    return height
+
+
+def _joint_only(model: str, space: str) -> None:
+    if space != "joint":
+        raise ValueError(
+            f"load_tower: space must be joint for {model}, which has no projection matrix, got {space!r}"
+        )
+
+
+def _warn_of_random_weights(model: str) -> None:
+    LOGGER.warning("load_tower: the weights of %s are random: no pretrained tag or file is given", model)
+
+
+def _missing(error: ImportError) -> ImportError:
+    return ImportError(f"{error.name} is missing: pip install 'ulfine-fast[clip]'")
+
+
+def _unknown_weights(tags: list[str], given: str) -> ValueError:
+    known = f"one of {', '.join(tags)}, or " if tags else ""
+    return ValueError(f"load_tower: pretrained must be {known}a checkpoint file, got {given!r}")
+
+
+def _no_download(what: str, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"load_tower: expected to download {what}, got: {shorten(str(error), 150)}; without a network, name a"
+        " checkpoint file as pretrained, or a folder as model"
+    )
+
+
+def _not_a_checkpoint(model: str, path: str, error: Exception) -> ValueError:
+    # an empty file has an error without words
+    reason = shorten(str(error), 300) or type(error).__name__
+    return ValueError(f"load_tower: {path} must be a checkpoint of {model}, got: {reason}")
