@@ -7,18 +7,3 @@ Prints a Markdown table: row passes counted at the tower, images per second, and
 """
 
 from __future__ import annotations
-
-import argparse
-import statistics
-import time
-from dataclasses import replace
-
-import open_clip
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from ulfine_fast.config import METHODS, FineTuning
-from ulfine_fast.distributed import World
-from ulfine_fast.finetune import Engine, Student
-from ulfine_fast.learners import build_learner
