@@ -358,6 +358,8 @@ def test_info_says_what_auto_takes_on_a_gpu(monkeypatch):
     some = lines()
     assert ["proto_fit", *names] in some
     assert ["proto_logits", *["reference"] * 4] in some
+    monkeypatch.setattr(_native, "has_cuda", lambda: False)
+    assert ["proto_fit", "reference", "reference", "triton", "reference"] in lines()
     assert ["classes", "up", "to", "300", "up", "to", "3000", "up", "to", "13000", "more"] in some
 
 

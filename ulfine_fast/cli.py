@@ -427,6 +427,8 @@ def _choices(device: str) -> dict[str, dict[str, str]]:
 def _print_info(record: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from ulfine_fast.fastest import FASTEST
+
     console = _console()
     versions = ", ".join(
         f"{name} {value}" for name, value in record["versions"].items() if name != "ulfine_fast"
@@ -441,7 +443,7 @@ def _print_info(record: dict[str, Any]) -> None:
     console.print(table)
     auto = record["auto"]
     console.print(f"auto takes: {auto['takes']}", soft_wrap=True)
-    if len({name for choice in auto["by_classes"].values() for name in choice.values()}) > 1:
+    if record["cuda_device"] in FASTEST:
         columns = list(next(iter(auto["by_classes"].values())))
         table = Table("classes", *columns, box=None, pad_edge=False)
         for op, choice in auto["by_classes"].items():
