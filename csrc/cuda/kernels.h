@@ -3,8 +3,9 @@
 //
 // Matrix products lie between them and belong to the caller, see ulfine_fast/_cuda.py.
 //
-// Letters: B rows of features, U weak rows, C classes, D dimensions. All matrices are row-major float32 and
-// contiguous. A null pointer means "not there" or "not wanted" where a comment says so.
+// Letters: B rows of features, U weak rows, C classes, D dimensions. All matrices are row-major, contiguous
+// and, unless they say otherwise, float32. A null pointer means "not there" or "not wanted" where a comment
+// says so.
 #pragma once
 
 #include <cstdint>
