@@ -49,12 +49,17 @@ class Contest:
     # Tensors beside the inputs that no provider changes.
     give: Callable[[StepInputs], Results] = lambda s: ()
 
+    @property
+    def reference(self) -> tuple[Callable, ...]:
+        """The library's own definitions: what `auto` takes where no kernel is faster."""
+        return self.ours
+
 
 class Provider(NamedTuple):
     """One way to run a contest."""
 
     name: str
-    family: str  # "ours", "naive" or "smart"
+    family: str  # "ours", "reference", "naive" or "smart"
     how: str  # "eager", "graph", "compiled" or "reduce-overhead"
     backend: str = "reference"
 
@@ -64,6 +69,7 @@ PROVIDERS = (
     Provider("naive eager", "naive", "eager"),
     Provider("triton", "ours", "eager", "triton"),
     Provider("cuda", "ours", "eager", "cuda"),
+    Provider("reference", "reference", "eager"),
     Provider("triton graph", "ours", "graph", "triton"),
     Provider("cuda graph", "ours", "graph", "cuda"),
     Provider("smart eager", "smart", "eager"),

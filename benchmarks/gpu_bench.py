@@ -452,7 +452,7 @@ def main(seconds: float) -> int:
     record = {"machine": described(), "rates": machine._asdict(), "rows": rows}
     for path in gpu_table.write(record, RESULTS):
         print(f"written: {path}")
-    print(gpu_table.table(record))
+    print(gpu_table.report(record))
     return int(any(gpu_table.defective(row) for row in rows))
 
 

@@ -26,9 +26,11 @@ SHAPES = ((5, 13, 7, 19), (9, 21, 300, 17), (70, 130, 1100, 520), (64, 448, 1000
 
 
 def cases(largest: int) -> list[tuple[tuple[int, ...], torch.dtype, bool]]:
-    """(shape, dtype of features and banks, whether products may round to TF32); other dtypes are only loaded."""
+    """(shape, dtype of features and banks, whether products may round to TF32)."""
     plain = [(shape, torch.float32, tf32) for shape in SHAPES[:largest] for tf32 in (False, True)]
-    return [*plain, *((SHAPES[0], dtype, False) for dtype in (torch.bfloat16, torch.float16))]
+    # Other dtypes are only loaded, unless their products are of float16.
+    half = [(SHAPES[0], dtype, False) for dtype in (torch.bfloat16, torch.float16)]
+    return plain + half + [(shape, torch.bfloat16, True) for shape in SHAPES[: min(largest, 2)]]
 
 
 def with_gradients(function: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:

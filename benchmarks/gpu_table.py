@@ -1,13 +1,19 @@
-"""The goals on a GPU, and a file that `make gpu` wrote as one table: python benchmarks/gpu_table.py FILE."""
+"""The goals on a GPU, and a file that `make gpu` wrote as one table: python benchmarks/gpu_table.py FILE.
+
+Below the table stand the lines of the GPU for ulfine_fast/fastest.py.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from shapes import GPU_SHAPES
 
 
 class Goal(NamedTuple):
@@ -42,7 +48,10 @@ LABEL_GOALS = (
 GOALS_OF = {"head step": GOALS, "pseudo_label": LABEL_GOALS}
 
 OURS = ("triton", "cuda", "triton graph", "cuda graph")
+# Providers that `auto` chooses among.
+BACKENDS = ("reference", "triton", "cuda")
 RIVALS = (
+    "reference",
     "naive eager",
     "naive compiled",
     "naive reduce-overhead",
@@ -157,6 +166,40 @@ def table(record: dict) -> str:
     return "\n".join([_told(record), "", *lines])
 
 
+def backends(record: dict) -> dict[str, list[str]]:
+    """The fastest of BACKENDS by op, then at each shape: plain calls, float32 as it is, every loss of the op."""
+    rows = [row for row in record["rows"] if row["precision"] == "ieee" and row["provider"] in BACKENDS]
+    by_op: dict[str, list[dict]] = {}
+    for row in rows:
+        by_op.setdefault("head_loss" if row["op"] == "head step" else row["op"], []).append(row)
+    return {
+        op: [_fastest_backend([row for row in rows if row["shape"] == shape]) for shape in GPU_SHAPES]
+        for op, rows in by_op.items()
+    }
+
+
+def _fastest_backend(rows: list[dict]) -> str:
+    totals = dict.fromkeys(BACKENDS, 0.0)
+    for row in rows:
+        totals[row["provider"]] += row.get("p50", math.inf)
+    # What had no turn might have been faster.
+    measured = rows and all(row["status"] != "out of time" for row in rows)
+    return min(totals, key=totals.__getitem__) if measured else "reference"
+
+
+def entry(record: dict) -> str:
+    """The GPU's lines for ulfine_fast/fastest.py."""
+    ops = [
+        f"        {json.dumps(op)}: ({json.dumps(names)[1:-1]})," for op, names in backends(record).items()
+    ]
+    return "\n".join([f"    {json.dumps(record['machine']['gpu'])}: {{", *ops, "    },"])
+
+
+def report(record: dict) -> str:
+    """The table, and what follows from it for `auto`."""
+    return f"{table(record)}\n\nFor ulfine_fast/fastest.py:\n\n{entry(record)}"
+
+
 def _told(record: dict) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     rates = record["rates"]
@@ -233,4 +276,4 @@ def _fastest(rows: dict[str, dict]) -> dict:
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    print(report(json.loads(Path(sys.argv[1]).read_text())))

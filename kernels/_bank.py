@@ -1,13 +1,15 @@
-"""A bank of class rows that logits are products with: both branches folded into one, or one below the other.
+"""Banks of class rows that logits are products with: both branches folded into one, or one below the other.
 
-    folded:  e_k = eta * linear_scale * w_k + (1 - eta) * align * proto_scale * t_k
-    stacked: e_k = linear_scale * w_k,  e_{C+k} = proto_scale * t_k
+    e_k = eta * linear_scale * w_k + (1 - eta) * align * proto_scale * t_k
+    b_k = linear_scale * w_k,  b_{C+k} = proto_scale * t_k
 
-Letters: w linear probe [C, D] (rows of unit norm unless it is a plain one), t unit prototypes [C, D], e bank,
-f factors [2, C] that make logits of the rows of either branch as they are stored.
+Letters: w linear probe [C, D] (rows of unit norm unless it is a plain one), t unit prototypes [C, D], e folded bank
+[C, D], b stacked bank [2C, D], f factors [2, C] that make logits of the rows of either branch as they are stored.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +26,7 @@ def bank_kernel(
     t_ptr,
     align_ptr,
     e_ptr,
+    b_ptr,
     f_ptr,
     C,
     D,
@@ -31,7 +34,6 @@ def bank_kernel(
     linear_scale,
     proto_scale,
     NORMALIZE: tl.constexpr,
-    FOLD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -46,15 +48,23 @@ def bank_kernel(
     tl.store(f_ptr + C + c, t_factor, mask=c < C)
     w *= w_factor[:, None]
     t *= t_factor[:, None]
-    if FOLD:
+    if e_ptr is not None:
         align = tl.load(align_ptr).to(tl.float32)
         store_tile(e_ptr, c, d, C, D, eta * w + (1.0 - eta) * align * t)
-    else:
-        store_tile(e_ptr, c, d, C, D, w)
-        store_tile(e_ptr + tl.cast(C, tl.int64) * D, c, d, C, D, t)
+    if b_ptr is not None:
+        store_tile(b_ptr, c, d, C, D, w)
+        store_tile(b_ptr + tl.cast(C, tl.int64) * D, c, d, C, D, t)
 
 
-def bank(
+class Banks(NamedTuple):
+    """What one launch makes of both branches."""
+
+    folded: Tensor | None  # [C, D]
+    stacked: Tensor | None  # [2C, D]
+    factors: Tensor  # [2, C]
+
+
+def banks(
     linear: Tensor,
     prototypes: Tensor,
     align: Tensor,
@@ -62,26 +72,31 @@ def bank(
     linear_scale: float,
     proto_scale: float,
     normalize_linear: bool,
+    *,
     fold: bool,
-) -> tuple[Tensor, Tensor]:
-    """The bank [C, D], or [2C, D] without `fold`, and the factors [2, C], of contiguous tensors."""
+    stack: bool,
+) -> Banks:
+    """The banks that are wanted, of contiguous tensors."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=linear.device)
+
     classes, dim = linear.shape
-    rows = torch.empty((classes * (1 if fold else 2), dim), dtype=torch.float32, device=linear.device)
-    factors = torch.empty((2, classes), dtype=torch.float32, device=linear.device)
+    made = Banks(
+        empty(classes, dim) if fold else None, empty(2 * classes, dim) if stack else None, empty(2, classes)
+    )
     tile = row_tile(dim)
     bank_kernel[(triton.cdiv(classes, tile[0]),)](
         linear,
         prototypes,
         align,
-        rows,
-        factors,
+        *made,
         classes,
         dim,
         float(eta),
         float(linear_scale),
         float(proto_scale),
         normalize_linear,
-        fold,
         *tile,
     )
-    return rows, factors
+    return made

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulfine_fast.kernels._bank import bank
+from ulfine_fast.kernels._bank import banks
 from ulfine_fast.kernels._rows import (
     block_of,
     inverse_norm,
@@ -148,10 +148,12 @@ def dual_cross_entropy_triton(
     """Loss and the gradients [B, D] and [C, D], all float32; [0] where not needed."""
     w, t = linear.contiguous(), prototypes.contiguous()
     with torch.cuda.device_of(w):
-        rows, _ = bank(w, t, align, eta, linear_scale, proto_scale, normalize_linear, fused)
+        made = banks(
+            w, t, align, eta, linear_scale, proto_scale, normalize_linear, fold=fused, stack=not fused
+        )
         on_linear = eta * linear_scale if fused else linear_scale
         return cross_entropy(
-            features, targets, w, rows, weights, adjustment, group, on_linear, normalize_linear,
+            features, targets, w, made.folded if fused else made.stacked, weights, adjustment, group, on_linear, normalize_linear,
             need_features, need_linear,
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """One step's loss in one call: pseudo-labels, both cross-entropies, orthogonality.
 
-Calls the kernels of the three ops; its own work is to say which row has which target and weight, and to fold
-the bank only once.
+Calls the kernels of the three ops; its own work is to say which row has which target and weight, and to make
+both banks in one launch.
 
 Letters: L labelled rows, U weak rows, B labelled and strong rows, y targets, k labels of the weak rows,
 a adjustments [2, C] of labelled and strong rows, w weights, g groups.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulfine_fast.kernels._bank import bank
+from ulfine_fast.kernels._bank import banks
 from ulfine_fast.kernels._rows import block_of
 from ulfine_fast.kernels.dual_cross_entropy import cross_entropy
 from ulfine_fast.kernels.orthogonality import orthogonality_triton
@@ -103,7 +103,7 @@ def head_loss_triton(
     d_t = torch.empty(0, dtype=torch.float32, device=device)
     scales = eta, linear_scale, proto_scale, normalize_linear
     with torch.cuda.device_of(w):
-        folded, factors = bank(w, t, align, *scales, fold=True)
+        folded, stacked, factors = banks(w, t, align, *scales, fold=True, stack=not fused)
         pseudo = labels(weak, w, t, folded, factors, threshold, weak_adjustment, temperature, scale_rows)
         label, _, keep, *_ = pseudo
         step_rows_kernel[(triton.cdiv(max(rows, classes), BLOCK),)](
@@ -124,9 +124,8 @@ def head_loss_triton(
             unlabelled_weight / max(strong, 1),
             BLOCK,
         )
-        rows_bank = folded if fused else bank(w, t, align, *scales, fold=False)[0]
         loss, d_x, d_w = cross_entropy(
-            features, step_targets, w, rows_bank, weights, shifts, group,
+            features, step_targets, w, folded if fused else stacked, weights, shifts, group,
             eta * linear_scale if fused else linear_scale, normalize_linear, need_features, need_linear,
         )  # fmt: skip
         if orthogonality_weight:

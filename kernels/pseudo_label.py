@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulfine_fast.kernels._bank import bank
+from ulfine_fast.kernels._bank import banks
 from ulfine_fast.kernels._rows import block_of, inverse_norm, load_tile
 from ulfine_fast.kernels._tiles import product_tile
 
@@ -251,8 +251,9 @@ def pseudo_label_triton(
     """The fields of `PseudoLabels`, of tensors on one device."""
     w, t = linear.contiguous(), prototypes.contiguous()
     with torch.cuda.device_of(w):
-        folded = bank(w, t, align, eta, linear_scale, proto_scale, normalize_linear, fold=True)
-        return labels(features, w, t, *folded, threshold, adjustment, temperature, scale_rows)
+        scales = eta, linear_scale, proto_scale
+        folded, _, factors = banks(w, t, align, *scales, normalize_linear, fold=True, stack=False)
+        return labels(features, w, t, folded, factors, threshold, adjustment, temperature, scale_rows)
 
 
 def labels(

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import ulfine_fast
 from ulfine_fast import _native, backend, demo, experiment
 from ulfine_fast.cli import app
 from ulfine_fast.config import METHODS, Schedule
+from ulfine_fast.fastest import FASTEST
 from ulfine_fast.validation import ETAS
 
 QUICK = ["--steps", "30", "--log-every", "10"]
@@ -327,6 +329,38 @@ def test_info_json_names_every_back_end():
         assert isinstance(state["reason"], str)
     assert record["backends"]["reference"]["available"]
     assert record["threads"] == torch.get_num_threads()
+
+
+def test_info_says_what_auto_takes():
+    record = json.loads(call("info", "--json").output)["auto"]
+    assert record["takes"] == f"cpp ({_native.isa()})"
+    assert {name for choice in record["by_classes"].values() for name in choice.values()} == {"cpp"}
+    lines = call("info").output.splitlines()
+    assert f"auto takes: cpp ({_native.isa()})" in lines
+    assert not any(line.startswith("classes") for line in lines)
+
+
+def test_info_says_what_auto_takes_on_a_gpu(monkeypatch):
+    def lines():
+        return [line.split() for line in call("info").output.splitlines()]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Some GPU")
+    empty = torch.empty
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None: on_gpu if device == "cuda" else empty(*a))
+    monkeypatch.setattr(_native, "has_cuda", lambda: True)
+    nothing = lines()
+    assert ["auto", "takes:", "reference", "(nothing", "was", "measured", "on", "Some", "GPU)"] in nothing
+    assert not any(line[:1] == ["classes"] for line in nothing)
+    names = ["cuda", "cuda", "triton", "reference"]
+    monkeypatch.setitem(FASTEST, "Some GPU", {"proto_fit": tuple(names)})
+    some = lines()
+    assert ["proto_fit", *names] in some
+    assert ["proto_logits", *["reference"] * 4] in some
+    monkeypatch.setattr(_native, "has_cuda", lambda: False)
+    assert ["proto_fit", "reference", "reference", "triton", "reference"] in lines()
+    assert ["classes", "up", "to", "300", "up", "to", "3000", "up", "to", "13000", "more"] in some
 
 
 def test_info_counts_the_cache(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ulfine_fast import _cuda
 from ulfine_fast.head_loss import head_loss
 from ulfine_fast.ops import dual_cross_entropy, orthogonality, proto_fit, proto_logits, pseudo_label
+from ulfine_fast.ops._handover import hand_over
 
 # The emulator
 
@@ -186,6 +187,15 @@ def test_launches(launches, call, expected):
     started = launches(call)
     # What the lambdas make themselves comes before the first launch.
     assert started[started.index(expected.split()[0]) :] == expected.split()
+
+
+def test_all_gradients_are_handed_over_in_one_launch():
+    gradients = [torch.ones(3, 2), torch.ones(0), torch.ones(5)]
+    ctx = SimpleNamespace(compiled=False, gradients=gradients)
+    with Launches() as started:
+        handed = hand_over(ctx, torch.tensor(3.0), None)
+    assert started.names == ["_local_scalar_dense", "_foreach_mul_.Tensor"]
+    assert [one.sum().item() for one in handed] == [18.0, 0.0, 15.0]
 
 
 def step(fused, orthogonality_weight):

@@ -72,9 +72,11 @@ def test_on_a_device_no_less_accurate_than_eager(op, name, shape, dtype):
         assert_no_worse(*one, scale=SCALE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("op", "name"), PAIRS)
-def test_with_tf32_no_less_accurate_than_eager_with_tf32(op, name):
-    x, y, w, t = inputs(480, 1000, 512)
+def test_with_tf32_no_less_accurate_than_eager_with_tf32(op, name, dtype):
+    x, y, w, t = inputs(480, 1000, 512, dtype)
+    t = t.float() if op == "proto_fit" else t
     # A product of rows of length 1 is off by 2^-11 at most, whatever the order of its sum.
     bound = 2 * SCALE * 2**-11
     exact = RUN[op](x.double(), y, w.double(), t.double(), "reference")

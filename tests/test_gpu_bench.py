@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import math
@@ -25,10 +26,12 @@ from shapes import GPU_SHAPES, Shape, least_work, step_inputs
 from triton.runtime.interpreter import GridExecutor
 
 from ulfine_fast import _cuda, backend
+from ulfine_fast.fastest import FASTEST, RANGES
 from ulfine_fast.ops.dual_cross_entropy import LOSS_ON
 
 (ORTHOGONALITY,) = (contest for contest in CONTESTS if contest.op == "orthogonality")
 TINY = Shape(4, 6, 7, 5)
+PLAIN = ("naive eager", "smart eager", "reference", "triton", "cuda")
 RATES = Machine(ieee=1e12, tf32=2e12, fp16=4e12, copy=1e9)
 
 
@@ -178,11 +181,11 @@ def test_every_provider_computes_the_same(on_the_processor, contest, precision):
     assert [row["status"] for row in rows] == ["ok"] * len(rows)
     names = [row["provider"] for row in rows]
     assert names == [p.name for p in PROVIDERS if p.name in names]
-    assert {"naive eager", "naive reduce-overhead", *gpu_table.OURS} <= set(names)
+    assert {"naive eager", "naive reduce-overhead", "reference", *gpu_table.OURS} <= set(names)
     for row in rows:
         assert row["p50"] == 1.0 and row["launches"] == 3 and row["precision"] == precision
         assert ("ratios" in row) == (row["provider"] in gpu_table.OURS)
-        assert ("peak_mib" in row) == (row["provider"] in ("naive eager", "smart eager", "triton", "cuda"))
+        assert ("peak_mib" in row) == (row["provider"] in PLAIN)
         if "ratios" in row:
             assert set(row["ratios"]) == set(names) - set(gpu_table.OURS)
 
@@ -238,8 +241,9 @@ def breaks(error):
 def test_a_provider_that_fails_is_a_row_that_says_so(on_the_processor, monkeypatch, error, status, defect):
     broken = replace(ORTHOGONALITY, ours=(breaks(error),))
     rows = gpu_bench.measure(Bout(broken, "A", "ieee"), step_inputs(TINY), 60.0, RATES)
-    assert {row["status"] for row in rows if row["provider"] in gpu_table.OURS} == {status}
-    assert {row["status"] for row in rows if row["provider"] not in gpu_table.OURS} == {"ok"}
+    ours = {*gpu_table.OURS, "reference"}
+    assert {row["status"] for row in rows if row["provider"] in ours} == {status}
+    assert {row["status"] for row in rows if row["provider"] not in ours} == {"ok"}
     assert any(map(gpu_table.defective, rows)) == defect
 
 
@@ -429,6 +433,62 @@ def test_every_goal_is_of_a_column_and_a_shape():
     assert set(gpu_table.GOALS_OF) <= {contest.op for contest in CONTESTS}
     names = Counter(provider.name for provider in PROVIDERS)
     assert names == Counter([*gpu_table.OURS, *gpu_table.RIVALS])
+
+
+# What follows for `auto`
+
+
+def of_shapes(op, loss_on=None, **times):
+    """Rows of the back ends, with these times at each shape; None is a failure."""
+    return [
+        row(name, shape, op, loss_on, **({"p50": value} if value else {"status": "failed: no"}))
+        for name, values in times.items()
+        for shape, value in zip(GPU_SHAPES, values, strict=True)
+    ]
+
+
+def test_the_entry_of_a_gpu_names_the_fastest_backends():
+    rows = [
+        *of_shapes("proto_fit", reference=(4, 1, 4, 4), triton=(3, 2, 2, None), cuda=(2, 3, 3, 9)),
+        # Together triton is faster at A, and at B nothing else runs both losses.
+        *of_shapes("head step", "fused", reference=(9, 9, 9, 9), triton=(3, 3, 3, 3), cuda=(2, 1, 9, 9)),
+        *of_shapes(
+            "head step", "branches", reference=(9, 9, 9, 9), triton=(3, 3, 3, 3), cuda=(5, None, 1, 1)
+        ),
+        # Other ways to run are no back ends, and another precision is another question.
+        row("cuda graph", "B", "proto_fit", None, p50=0.1),
+        row("reference", "B", "proto_fit", None, precision="tf32", p50=9),
+        # Not all had their turn.
+        row("reference", "A", "orthogonality", None, status="out of time"),
+        row("triton", "A", "orthogonality", None, p50=1),
+        row("cuda", "A", "orthogonality", None, p50=2),
+        *(row(name, "B", "orthogonality", None, status="failed: no") for name in gpu_table.BACKENDS),
+    ]
+    record = {"machine": {"gpu": "NVIDIA Some GPU"}, "rows": rows}
+    found = gpu_table.backends(record)
+    assert found == {
+        "proto_fit": ["cuda", "reference", "triton", "reference"],
+        "head_loss": ["triton", "triton", "triton", "triton"],
+        "orthogonality": ["reference"] * 4,
+    }
+    pasted = ast.literal_eval("{" + gpu_table.entry(record) + "}")
+    assert pasted == {"NVIDIA Some GPU": {op: tuple(names) for op, names in found.items()}}
+
+
+def test_the_bench_ends_with_the_entry():
+    assert gpu_table.report(RECORD).endswith(gpu_table.entry(RECORD))
+
+
+def test_one_shape_lies_in_each_range_of_classes():
+    places = [sum(shape.classes > most for most in RANGES) for shape in GPU_SHAPES.values()]
+    assert places == list(range(len(RANGES) + 1))
+
+
+def test_the_table_of_auto_is_complete():
+    for ops in FASTEST.values():
+        assert set(ops) == {*backend.OPS, *backend.COMPOSED}
+        for names in ops.values():
+            assert len(names) == len(RANGES) + 1 and set(names) <= set(gpu_table.BACKENDS)
 
 
 def test_what_is_written(tmp_path):

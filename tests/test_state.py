@@ -495,6 +495,19 @@ def test_one_class_that_is_not_finite_keeps_every_prototype(backend, where) -> N
 
 
 @pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_posterior_prototypes_that_cannot_be_made_are_not_fitted_either(backend) -> None:
+    state, arguments = moving(40, 9, 5, 6)
+    state.kept_sum[2, 4] = math.nan
+
+    def turned(**changes: object) -> float:
+        got = advanced(state, backend, arguments, **changes)
+        assert not torch.equal(got.visual, state.visual)
+        return 1.0 - torch.nn.functional.cosine_similarity(got.textual, state.textual).min().item()
+
+    assert turned(posterior=True) < 1e-6 < 1e-3 < turned()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
 def test_text_and_images_that_lie_apart_pull_the_other_way(backend) -> None:
     state, arguments = moving(0, 0, 4, 6)
     state.visual.neg_()

@@ -54,6 +54,25 @@ def _f32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
+# Largest scale whose folded bank fits float16 with an align of 100, the most that PrototypeState gives.
+LARGEST_HALF_SCALE = 512.0
+
+
+def _operand_dtype(normalize_linear: bool, scales: tuple[float, float], *features: Tensor) -> torch.dtype:
+    """float16 for half features where torch allows TF32, which has the same 11 significant bits, else float32.
+
+    A probe that is not normalized has no bound, and might not fit.
+    """
+    fits = torch.backends.cuda.matmul.allow_tf32 and normalize_linear and max(scales) <= LARGEST_HALF_SCALE
+    half = all(t.dtype in (torch.float16, torch.bfloat16) for t in features)
+    return torch.float16 if fits and half else torch.float32
+
+
+def _operand(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The struct `Operand`."""
+    return (None, tensor) if tensor is not None and tensor.dtype == torch.float16 else (tensor, None)
+
+
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
@@ -64,6 +83,7 @@ class _UnitRows(NamedTuple):
     bank: Tensor | None  # [2C, D] unit rows of the linear probe, if there is one, and of the prototypes
     bank_inverse: Tensor  # [2C] their inverse norms
     fold: Tensor | None  # [C, D] the bank whose logits are the fused ones
+    text: Tensor | None  # [C, D] unit rows of the prototypes in float32
 
 
 def _unit_rows(
@@ -74,28 +94,42 @@ def _unit_rows(
     weak: Tensor | None = None,
     normalize_linear: bool = True,
     bank: bool = True,
+    text: bool = False,
+    dtype: torch.dtype = torch.float32,
     fold: tuple[Tensor, float, float, float] | None = None,
     histograms: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> _UnitRows:
-    """What every product starts from; `fold` is (align, eta, linear_scale, proto_scale), or None for no fold."""
+    """What every product starts from, its operands as `dtype`.
+
+    `fold` is (align, eta, linear_scale, proto_scale), or None for no fold.
+    """
     (b, d), c = features.shape, len(prototypes)
     u = 0 if weak is None else len(weak)
     rows = c if linear is None else 2 * c
     unit = _UnitRows(
-        _empty(features, u + b, d),
+        _empty(features, u + b, d, dtype=dtype),
         _empty(features, u + b),
-        _empty(features, rows, d) if bank else None,
+        _empty(features, rows, d, dtype=dtype) if bank else None,
         _empty(features, rows),
-        None if fold is None else _empty(features, c, d),
+        None if fold is None else _empty(features, c, d, dtype=dtype),
+        _empty(features, c, d) if text else None,
     )
     align, *factors = (None, 0.0, 0.0, 0.0) if fold is None else fold
-    _launch("unit_rows", weak, features, linear, prototypes, *unit, align, *histograms, u, b, c, d, *factors,
-            normalize_linear)  # fmt: skip
+    _launch(
+        "unit_rows", weak, features, linear, prototypes, _operand(unit.x), unit.x_inverse,
+        _operand(unit.bank), unit.bank_inverse, _operand(unit.fold), unit.text, align, *histograms, u, b, c,
+        d, *factors, normalize_linear,
+    )  # fmt: skip
     return unit
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out=_empty(a, a.shape[0], b.shape[1]))
+    """[M, N] float32 of two operands of one dtype."""
+    out = _empty(a, a.shape[0], b.shape[1])
+    if a.dtype == torch.float16 and not emulated():
+        return torch.mm(a, b, torch.float32, out=out)
+    # torch has no float32 product of half operands for the processor; theirs are exact in float32.
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 def _through_norms(
@@ -202,8 +236,9 @@ def pseudo_label(
     x, w, t, limit, factor, shift = map(_f32, (features, linear, prototypes, threshold, align, adjustment))
     rows, classes = len(x), len(w)
     out = _label_outputs(x, classes)
+    dtype = _operand_dtype(normalize_linear, (linear_scale, proto_scale), features)
     unit = _unit_rows(
-        x, w, t, normalize_linear=normalize_linear, bank=scale_rows > 0,
+        x, w, t, normalize_linear=normalize_linear, bank=scale_rows > 0, dtype=dtype,
         fold=(factor, eta, linear_scale, proto_scale), histograms=out[3:5],
     )  # fmt: skip
     fused = _product(unit.x, unit.fold.t())
@@ -247,8 +282,8 @@ def dual_cross_entropy(
     loss, row_loss, used = _empty(x), _empty(x, rows), _empty(x, rows, dtype=torch.bool)
     _launch(
         "dual_cross_entropy",
-        (z, unit.x, row_loss, used, rows, classes, dim, linear_scale, proto_scale, fused,
-         need_features or need_linear),
+        (z, None, (unit.x, None), row_loss, used, rows, classes, dim, linear_scale, proto_scale,
+         float(need_features or need_linear), fused),
         targets.contiguous(), weight, shift, groups, None if group is None else group.contiguous(),
     )  # fmt: skip
     d_x = _product(z, bank) if need_features else None
@@ -412,9 +447,12 @@ def head_loss(
     shifts = [_f32(shift) for shift in (weak_adjustment, adjustment, strong_adjustment)]
     (rows, dim), views, labelled, classes = x.shape, len(u), len(targets), len(w)
     out = _label_outputs(u, classes)
+    dtype = _operand_dtype(normalize_linear, (linear_scale, proto_scale), features, weak)
+    half = dtype == torch.float16
     unit = _unit_rows(
-        x, w, t, weak=u, normalize_linear=normalize_linear,
-        bank=not fused or scale_rows > 0 or orthogonality_weight > 0,
+        x, w, t, weak=u, normalize_linear=normalize_linear, dtype=dtype,
+        bank=not fused or scale_rows > 0 or (orthogonality_weight > 0 and not half),
+        text=orthogonality_weight > 0 and half,
         fold=(factor, eta, linear_scale, proto_scale) if fused else None, histograms=out[3:5],
     )  # fmt: skip
     bank = unit.fold if fused else unit.bank
@@ -425,27 +463,34 @@ def head_loss(
     z_rows, x_rows = z[views:], unit.x[views:]
     loss, row_loss, used = _empty(x), _empty(x, rows), _empty(x, rows, dtype=torch.bool)
     spread = _empty(x, scale_rows, 2)
+    weights = 1.0 / max(labelled, 1), unlabelled_weight / max(rows - labelled, 1)
+    # What float16 holds of a gradient is divided by this: the largest is 2^15, and small ones are normal numbers.
+    unit_of_dz = max(weights) * (1.0 if fused else max(linear_scale, proto_scale)) / 2**15 if half else 1.0
+    dz = _empty(x, *z_rows.shape, dtype=dtype) if half else z_rows
     _launch(
         "head_loss",
         (z if fused else None, cosines, limit, len(limit), shifts[0], factor, *out[:5], spread, views, classes,
          scale_rows, eta, linear_scale, proto_scale, temperature),
-        (z_rows, x_rows, row_loss, used, rows, classes, dim, linear_scale, proto_scale, fused,
-         need_features or need_linear),
-        targets.contiguous(), *shifts[1:], labelled, 1.0 / max(labelled, 1),
-        unlabelled_weight / max(rows - labelled, 1),
+        (z_rows, dz if half else None, _operand(x_rows), row_loss, used, rows, classes, dim, linear_scale,
+         proto_scale, (need_features or need_linear) / unit_of_dz, fused),
+        targets.contiguous(), *shifts[1:], labelled, *weights,
     )  # fmt: skip
-    d_x = _product(z_rows, bank) if need_features else None
-    d_w = _product(z_rows[:, :classes].t(), x_rows) if need_linear else None
+    d_x = _product(dz, bank) if need_features else None
+    d_w = _product(dz[:, :classes].t(), x_rows) if need_linear else None
     d_t = squares = None
     if orthogonality_weight:
-        text = unit.bank[classes:]
+        text = unit.text if half else unit.bank[classes:]
         gram, squares = _gram(text)
         d_t = _gram_gradient(gram, text) if need_prototypes else None
     _finish(
         dim,
-        features=_through_norms(d_x, x, unit.x_inverse[views:], used=used),
+        features=_through_norms(d_x, x, unit.x_inverse[views:], unit_of_dz, used=used),
         linear=_through_norms(
-            d_w, w, unit.bank_inverse, eta * linear_scale if fused else 1.0, normalized=normalize_linear
+            d_w,
+            w,
+            unit.bank_inverse,
+            unit_of_dz * (eta * linear_scale if fused else 1.0),
+            normalized=normalize_linear,
         ),
         prototypes=_through_norms(
             d_t, t, unit.bank_inverse[classes:], _on_gram(orthogonality_weight, classes)

@@ -1,7 +1,8 @@
 """Which implementation of an op runs: `auto`, or one that the caller names.
 
-`auto` takes the fastest implementation that this project has measured for the device and the dtype and may
-change its mind; a name never falls back: if it cannot run, the call raises and says why.
+`auto` takes the fastest implementation that this project has measured for the device, the dtype and, on a GPU, the
+number of classes (fastest.py), and may change its mind; a name never falls back: if it cannot run, the call raises
+and says why.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast import _cuda, _native
+from ulfine_fast.fastest import FASTEST, fastest
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
@@ -77,7 +79,7 @@ def _known(name: str) -> None:
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}, got {name!r}")
 
 
-def choose(op: str, features: Tensor, dtype: torch.dtype, requested: str | None = None) -> str:
+def choose(op: str, features: Tensor, classes: int, dtype: torch.dtype, requested: str | None = None) -> str:
     """Name of the back end that runs `op` on `features` with arithmetic in `dtype`; raises if it cannot."""
     name = _selected if requested is None else requested
     _known(name)
@@ -85,8 +87,7 @@ def choose(op: str, features: Tensor, dtype: torch.dtype, requested: str | None 
         return name
     device = features.device.type
     if name == "auto":
-        fits = device == "cpu" and dtype == torch.float32 and not _native.error
-        return "cpp" if fits else "reference"
+        return _automatic(op, features.device, classes) if dtype == torch.float32 else "reference"
     if dtype == torch.float64:
         raise RuntimeError(f"{op}: {name} computes in float32, got float64; use backend='reference'")
     if name == "cpp":
@@ -99,6 +100,31 @@ def choose(op: str, features: Tensor, dtype: torch.dtype, requested: str | None 
     if refusal:
         raise RuntimeError(f"{op}: {name} {refusal}")
     return name
+
+
+def automatic(device: str) -> str:
+    """What `auto` takes for float32 on "cpu" or "cuda", and why, for people."""
+    if device == "cpu":
+        if _native.error:
+            return f"reference (cpp is not available: {_native.error})"
+        return f"cpp ({_native.isa()})"
+    gpu = _gpu(None)
+    if gpu not in FASTEST:
+        return f"reference (nothing was measured on {gpu})"
+    return f"the fastest by op and number of classes, as measured on {gpu}"
+
+
+def _automatic(op: str, device: torch.device, classes: int) -> str:
+    if device.type == "cpu":
+        return "reference" if _native.error else "cpp"
+    if device.type != "cuda":
+        return "reference"
+    name = fastest(_gpu(device.index), op, classes)
+    return "reference" if name == "reference" or _refusal(name, "cuda") else name
+
+
+def _gpu(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def _refusal(name: str, device: str) -> str:
@@ -115,9 +141,9 @@ def _refusal(name: str, device: str) -> str:
     return ""
 
 
-# A compiler cannot look into the extension, and need not: the answer never changes. This is all that
+# A compiler cannot look into the extension or the driver, and need not: the answer never changes. This is all that
 # torch.compiler.assume_constant_result does, besides importing the compiler.
-_refusal._dynamo_marked_constant = True
+_refusal._dynamo_marked_constant = _gpu._dynamo_marked_constant = True
 
 
 def _interpreting() -> bool:

@@ -814,19 +814,21 @@ def info(
     """Print versions, threads, the back ends that can run here, and the cache."""
     import torch
 
-    from ulfine_fast.backend import availability
+    from ulfine_fast.backend import automatic, availability
     from ulfine_fast.cache import default_cache_dir
     from ulfine_fast.experiment import versions
 
     folder = default_cache_dir()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     known = versions()
+    device = _device("auto")
     record = {
         "version": known["ulfine_fast"],
         "versions": known,
         "threads": torch.get_num_threads(),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": {name: state._asdict() for name, state in availability().items()},
+        "auto": {"takes": automatic(device), "by_classes": _choices(device)},
         "cache": {"folder": str(folder), "bytes": size},
     }
     if as_json:
@@ -835,8 +837,25 @@ def info(
         _print_info(record)
 
 
+def _choices(device: str) -> dict[str, dict[str, str]]:
+    """Back end that `auto` takes for float32: by op, then by range of the number of classes."""
+    import torch
+
+    from ulfine_fast.backend import COMPOSED, OPS, choose
+    from ulfine_fast.fastest import RANGES
+
+    features = torch.empty(0, device=device)
+    ranges = {**{f"up to {most}": most for most in RANGES}, "more": RANGES[-1] + 1}
+    return {
+        op: {name: choose(op, features, classes, torch.float32, "auto") for name, classes in ranges.items()}
+        for op in (*OPS, *COMPOSED)
+    }
+
+
 def _print_info(record: dict[str, Any]) -> None:
     from rich.table import Table
+
+    from ulfine_fast.fastest import FASTEST
 
     console = _console()
     versions = ", ".join(
@@ -850,6 +869,14 @@ def _print_info(record: dict[str, Any]) -> None:
     for name, state in record["backends"].items():
         table.add_row(name, "yes" if state["available"] else "no", state["reason"])
     console.print(table)
+    auto = record["auto"]
+    console.print(f"auto takes: {auto['takes']}", soft_wrap=True)
+    if record["cuda_device"] in FASTEST:
+        columns = list(next(iter(auto["by_classes"].values())))
+        table = Table("classes", *columns, box=None, pad_edge=False)
+        for op, choice in auto["by_classes"].items():
+            table.add_row(op, *choice.values())
+        console.print(table)
     console.print(
         f"Feature cache: {record['cache']['folder']}, {record['cache']['bytes'] / 1e6:.1f} MB", soft_wrap=True
     )
@@ -894,13 +921,12 @@ def _backend(requested: str, device: str) -> str:
     import torch
 
     from ulfine_fast import _native
-    from ulfine_fast.backend import choose
+    from ulfine_fast.backend import automatic, choose
 
-    name = choose("dual_cross_entropy", torch.empty(0, device=device), torch.float32, requested)
-    if name == "cpp":
-        return f"cpp ({_native.isa()})"
-    missing = _native.error if requested == "auto" and device == "cpu" else ""
-    return f"{name} (cpp is not available: {missing})" if missing else name
+    if requested == "auto":
+        return automatic(device)
+    name = choose("head_loss", torch.empty(0, device=device), 1, torch.float32, requested)
+    return f"cpp ({_native.isa()})" if name == "cpp" else name
 
 
 def _changed(method: Any, settings: list[str]) -> Any:

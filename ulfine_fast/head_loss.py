@@ -247,7 +247,7 @@ def head_loss(
     weak = weak.detach()
     if not orthogonality_weight:
         prototypes = prototypes.detach()
-    chosen = choose("head_loss", features, dtype, backend)
+    chosen = choose("head_loss", features, classes, dtype, backend)
     if chosen == "reference":
         return head_loss_reference(features, weak, targets, linear, prototypes, *options)
     if not torch.is_grad_enabled():

@@ -253,7 +253,7 @@ class PrototypeState(nn.Module):
         if posterior:
             mu = 0.0
         rates = {"mu": mu, "beta": beta, "gamma": gamma, "scale_decay": scale_decay}
-        if choose(op, features, working_dtype(features, weak)) == "cuda":
+        if choose(op, features, classes, working_dtype(features, weak)) == "cuda":
             torch.ops.ulfine._state_update_.default(
                 features.detach(), targets, weak.detach(), pseudo.label, pseudo.keep, copies, pseudo.histogram,
                 pseudo.kept_histogram, pseudo.branch_scale, labelled_counts, self.text, finite, self.textual,

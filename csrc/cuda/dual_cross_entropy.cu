@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kBlock) dual_cross_entropy_kernel(DualCrossEnt
   if (i >= a.rows.b) return;
   const int64_t g = a.group != nullptr ? a.group[i] : 0;
   const float* shift = g >= 0 && g < a.groups ? a.adjustment + g * a.rows.c : nullptr;
-  loss_row<kTeam>(a.rows, i, a.targets[i], a.weights[i], shift);
+  loss_row<kTeam, float>(a.rows, i, a.targets[i], a.weights[i], shift);
 }
 
 }  // namespace

@@ -5,8 +5,9 @@ namespace ulfine::cuda {
 
 namespace {
 
-template <int kTeam>
-__global__ void __launch_bounds__(kBlock) head_loss_kernel(HeadLoss a) {
+// Three blocks at a time: left to itself, the compiler aims at four and spills.
+template <int kTeam, class Number>
+__global__ void __launch_bounds__(kBlock, 3) head_loss_kernel(HeadLoss a) {
   // Weak rows come first: they take longest.
   const int64_t i = team<kTeam>();
   if (i >= a.weak.u + a.labelled) return;
@@ -23,14 +24,19 @@ __global__ void __launch_bounds__(kBlock) head_loss_kernel(HeadLoss a) {
   } else {
     target = a.targets[row];
   }
-  for (; row < end; row += a.weak.u > 0 ? a.weak.u : 1) loss_row<kTeam>(a.rows, row, target, weight, shift);
+  for (; row < end; row += a.weak.u > 0 ? a.weak.u : 1)
+    loss_row<kTeam, Number>(a.rows, row, target, weight, shift);
 }
 
 }  // namespace
 
 const char* head_loss(const HeadLoss& a, void* stream) {
-  return launch_rows(head_loss_kernel<kWarp>, head_loss_kernel<kBlock>, a.rows.c, a.weak.u + a.labelled, a,
-                     stream);
+  const auto launch_with = [&](auto by_warps, auto by_blocks) {
+    return launch_rows(by_warps, by_blocks, a.rows.c, a.weak.u + a.labelled, a, stream);
+  };
+  return a.rows.dz != nullptr
+             ? launch_with(head_loss_kernel<kWarp, uint16_t>, head_loss_kernel<kBlock, uint16_t>)
+             : launch_with(head_loss_kernel<kWarp, float>, head_loss_kernel<kBlock, float>);
 }
 
 }  // namespace ulfine::cuda

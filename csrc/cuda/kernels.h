@@ -3,8 +3,9 @@
 //
 // Matrix products lie between them and belong to the caller, see ulfine_fast/_cuda.py.
 //
-// Letters: B rows of features, U weak rows, C classes, D dimensions. All matrices are row-major float32 and
-// contiguous. A null pointer means "not there" or "not wanted" where a comment says so.
+// Letters: B rows of features, U weak rows, C classes, D dimensions. All matrices are row-major, contiguous
+// and, unless they say otherwise, float32. A null pointer means "not there" or "not wanted" where a comment
+// says so.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +16,23 @@ class module_;
 
 namespace ulfine::cuda {
 
+// A matrix that products read, as float32 or as the bits of float16; both null: not there.
+struct Operand {
+  float* full;
+  uint16_t* half;
+};
+
 // What every product starts from: unit rows of the features, and of the banks or of their fold.
 struct UnitRows {
   const float *weak, *features;      // [U, D], [B, D]
   const float *linear, *prototypes;  // [C, D]; linear may be null
-  float *x, *x_inverse;              // [U + B, D], [U + B]: unit rows, weak first, and their inverse norms
-  float *bank, *bank_inverse;  // [2C, D] or null, [2C]: the same of linear, if it is there, then prototypes
-  float* fold;                 // [C, D] or null: the bank whose logits are the fused ones
-  const float* align;          // [] of the fold
+  Operand x;                         // [U + B, D] unit rows, weak first
+  float* x_inverse;                  // [U + B] their inverse norms
+  Operand bank;                      // [2C, D] or null: unit rows of linear, if it is there, then prototypes
+  float* bank_inverse;               // [2C]
+  Operand fold;                      // [C, D] or null: the bank whose logits are the fused ones
+  float* text;                       // [C, D] or null: unit rows of the prototypes once more
+  const float* align;                // [] of the fold
   int64_t *histogram, *kept_histogram;  // [C] or null: set to zero
   int64_t u, b, c, d;
   float eta, linear_scale, proto_scale;
@@ -84,15 +94,16 @@ struct WeakRows {
 
 const char* pseudo_label(const WeakRows&, void* stream);
 
-// Rows of the loss. Logits are fused, or cosines with both banks; their gradients take their place.
+// Rows of the loss. Logits are fused, or cosines with both banks.
 struct LossRows {
-  float* z;     // [B, C] fused logits, or [B, 2C] cosines
-  float* x;     // [B, D] unit rows; those without a part in the loss become 0
-  float* loss;  // [B]
-  bool* used;   // [B] whether a row has a part in the loss
+  float* z;      // [B, C] fused logits, or [B, 2C] cosines
+  uint16_t* dz;  // their gradients times `on_gradient` as float16; null: as float32 in the place of z
+  Operand x;     // [B, D] unit rows; those without a part in the loss become 0
+  float* loss;   // [B]
+  bool* used;    // [B] whether a row has a part in the loss
   int64_t b, c, d;
-  float linear_scale, proto_scale;
-  bool fused, gradient;
+  float linear_scale, proto_scale, on_gradient;  // the last is 0 where no gradient is wanted
+  bool fused;
 };
 
 struct DualCrossEntropy {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "operand.h"
 #include "team.h"
 
 namespace ulfine::cuda {
@@ -76,40 +77,41 @@ __device__ inline int64_t predict(const WeakRows& a, int64_t i, bool* kept) {
   return p.label;
 }
 
-// weight * CE(scale * z + shift) on the lane that has the target; z becomes its gradient.
-template <int kTeam>
-__device__ inline float cross_entropy(float* z, int64_t c, float scale, const float* shift, int64_t target,
-                                      float weight, bool gradient) {
+// weight * CE(scale * z + shift) on the lane that has the target; dz, which may be z, becomes the gradient.
+template <int kTeam, class Number>
+__device__ inline float cross_entropy(const LossRows& a, const float* z, Number* dz, float scale,
+                                      const float* shift, int64_t target, float weight) {
   const auto logit = [=](int64_t k) { return scale * z[k] + shift_of(shift, k); };
   const bool own = lane<kTeam>() == target % kTeam;
   const float z_target = own ? logit(target) : 0.0f;
-  const Softmax s = softmax_over<kTeam>(c, 1.0f, logit);
-  const float on = scale * weight;
-  if (gradient)
-    for (int64_t k = lane<kTeam>(); k < c; k += kTeam)
-      z[k] = expf(logit(k) - s.top) * (on / s.total) - (k == target ? on : 0.0f);
+  const Softmax s = softmax_over<kTeam>(a.c, 1.0f, logit);
+  const float on = scale * weight * a.on_gradient;
+  if (a.on_gradient != 0.0f)
+    for (int64_t k = lane<kTeam>(); k < a.c; k += kTeam)
+      put(dz + k, expf(logit(k) - s.top) * (on / s.total) - (k == target ? on : 0.0f));
   return own ? row_loss(s.top, s.total, z_target, weight) : 0.0f;
 }
 
 // Loss and gradient of row i. One without a part in the loss leaves zeros, whatever it held, where the
-// gradient of the linear bank would meet it.
-template <int kTeam>
+// gradient of the linear bank would meet it. The operands are of Number.
+template <int kTeam, class Number>
 __device__ inline void loss_row(const LossRows& a, int64_t i, int64_t target, float weight,
                                 const float* shift) {
   const int64_t width = a.fused ? a.c : 2 * a.c;
-  float* z = a.z + i * width;
+  const float* z = a.z + i * width;
+  Number* dz = numbers<Number>({a.z, a.dz}) + i * width;
   const bool used = takes_part(target, weight, a.c);
   if (lane<kTeam>() == 0) a.used[i] = used;
   if (!used) {
-    for (int64_t k = lane<kTeam>(); k < a.c; k += kTeam) z[k] = 0.0f;
-    for (int64_t k = lane<kTeam>(); k < a.d; k += kTeam) a.x[i * a.d + k] = 0.0f;
+    for (int64_t k = lane<kTeam>(); k < a.c; k += kTeam) put(dz + k, 0.0f);
+    for (int64_t k = lane<kTeam>(); k < a.d; k += kTeam) put(numbers<Number>(a.x) + i * a.d + k, 0.0f);
     if (lane<kTeam>() == 0) a.loss[i] = 0.0f;
     return;
   }
   float loss = 0.0f;
   for (int64_t branch = 0; branch < width; branch += a.c) {
     const float scale = a.fused ? 1.0f : branch == 0 ? a.linear_scale : a.proto_scale;
-    loss += cross_entropy<kTeam>(z + branch, a.c, scale, shift, target, weight, a.gradient);
+    loss += cross_entropy<kTeam>(a, z + branch, dz + branch, scale, shift, target, weight);
   }
   if (lane<kTeam>() == target % kTeam) a.loss[i] = loss;
 }

@@ -2,6 +2,7 @@
 //
 // Letters: see kernels.h; w, t: rows of linear and prototypes; a warp has a row, here always.
 #include "kernels.h"
+#include "operand.h"
 #include "team.h"
 
 namespace ulfine::cuda {
@@ -14,10 +15,10 @@ __device__ float inverse_norm_of(const float* row, int64_t d) {
   return inverse_norm(sum_over<kWarp, float>(d, [=](int64_t i) { return row[i] * row[i]; }));
 }
 
-__device__ void unit_row(const float* row, int64_t d, float* to, float* inverse) {
-  const float own = inverse_norm_of(row, d);
-  if (lane<kWarp>() == 0) *inverse = own;
-  for (int64_t i = lane<kWarp>(); i < d; i += kWarp) to[i] = row[i] * own;
+__device__ void unit_row(const UnitRows& a, const float* row, int64_t n) {
+  const float own = inverse_norm_of(row, a.d);
+  if (lane<kWarp>() == 0) a.x_inverse[n] = own;
+  for (int64_t i = lane<kWarp>(); i < a.d; i += kWarp) put(a.x, n * a.d + i, row[i] * own);
 }
 
 __device__ void bank_rows(const UnitRows& a, int64_t k) {
@@ -30,24 +31,23 @@ __device__ void bank_rows(const UnitRows& a, int64_t k) {
     a.bank_inverse[second + k] = on_t;
     if (a.histogram != nullptr) a.histogram[k] = a.kept_histogram[k] = 0;
   }
-  if (a.bank != nullptr) {
-    float* to = a.bank + k * a.d;
+  if (is_there(a.bank))
     for (int64_t i = lane<kWarp>(); i < a.d; i += kWarp) {
-      if (a.linear != nullptr) to[i] = w[i] * on_w;
-      to[second * a.d + i] = t[i] * on_t;
+      if (a.linear != nullptr) put(a.bank, k * a.d + i, w[i] * on_w);
+      put(a.bank, (second + k) * a.d + i, t[i] * on_t);
     }
-  }
-  if (a.fold == nullptr) return;
+  if (a.text != nullptr)
+    for (int64_t i = lane<kWarp>(); i < a.d; i += kWarp) a.text[k * a.d + i] = t[i] * on_t;
+  if (!is_there(a.fold)) return;
   const Factors on = fused_factors(a.eta, *a.align, a.linear_scale, a.proto_scale);
   for (int64_t i = lane<kWarp>(); i < a.d; i += kWarp)
-    a.fold[k * a.d + i] = on.linear * (w[i] * on_w) + on.proto * (t[i] * on_t);
+    put(a.fold, k * a.d + i, on.linear * (w[i] * on_w) + on.proto * (t[i] * on_t));
 }
 
 __global__ void __launch_bounds__(kBlock) unit_rows_kernel(UnitRows a) {
   const int64_t row = team<kWarp>(), x_rows = a.u + a.b;
   if (row < x_rows)
-    unit_row(row < a.u ? a.weak + row * a.d : a.features + (row - a.u) * a.d, a.d, a.x + row * a.d,
-             a.x_inverse + row);
+    unit_row(a, row < a.u ? a.weak + row * a.d : a.features + (row - a.u) * a.d, row);
   else if (row < x_rows + a.c)
     bank_rows(a, row - x_rows);
 }

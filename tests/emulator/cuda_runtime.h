@@ -21,7 +21,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 // All shared variables lie in one section, whose ends the linker names.
 #define __shared__ static __attribute__((section("shared_memory")))
 

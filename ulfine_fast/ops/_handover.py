@@ -34,6 +34,5 @@ def hand_over(
     if gradients is None:
         gradients = again(ctx.saved_tensors)
     if grad.device.type != "cpu" or grad.item() != 1.0:
-        for gradient in gradients:
-            gradient.mul_(grad)
+        torch._foreach_mul_(gradients, grad)
     return gradients

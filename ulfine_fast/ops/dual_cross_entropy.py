@@ -228,7 +228,7 @@ def dual_cross_entropy(
         on_fused(op, loss_on),
         normalize_linear,
     )
-    chosen = choose(op, features, dtype, backend)
+    chosen = choose(op, features, classes, dtype, backend)
     if chosen == "reference":
         return dual_cross_entropy_reference(features, targets, linear, prototypes, *options)
     if not torch.is_grad_enabled():

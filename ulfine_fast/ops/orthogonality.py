@@ -88,7 +88,7 @@ def orthogonality(prototypes: Tensor, *, backend: str | None = None) -> Tensor:
     _checks.matrix("orthogonality", "prototypes", prototypes)
     if prototypes.shape[0] == 0:
         raise ValueError("orthogonality: prototypes must have at least one class, got [0, D]")
-    chosen = choose("orthogonality", prototypes, working_dtype(prototypes), backend)
+    chosen = choose("orthogonality", prototypes, len(prototypes), working_dtype(prototypes), backend)
     if chosen == "reference":
         return orthogonality_reference(prototypes)
     return _Orthogonality.apply(prototypes, chosen)

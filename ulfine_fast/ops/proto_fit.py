@@ -150,7 +150,7 @@ def proto_fit(
     """
     state = [textual, visual, seen, distribution]
     options = _check(features, targets, histogram, *state, mu, beta, gamma)
-    chosen = choose("proto_fit", features, working_dtype(features, textual), backend)
+    chosen = choose("proto_fit", features, len(textual), working_dtype(features, textual), backend)
     if chosen == "reference":
         return proto_fit_reference(features, targets, histogram, *state, *options)
     state = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in state]
@@ -182,7 +182,7 @@ def proto_fit_(
         if not tensor.is_contiguous():
             raise ValueError(f"proto_fit_: {name} must be contiguous to be written in place")
     with torch.no_grad():
-        chosen = choose("proto_fit", features, working_dtype(features, textual), backend)
+        chosen = choose("proto_fit", features, len(textual), working_dtype(features, textual), backend)
         if chosen == "reference":
             new = proto_fit_reference(features, targets, histogram, *state, *options)
             for tensor, value in zip(state, new, strict=True):

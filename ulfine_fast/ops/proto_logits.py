@@ -117,7 +117,7 @@ def proto_logits(
     _checks.bank("proto_logits", "prototypes", prototypes, features)
     _checks.same_device("proto_logits", features, prototypes=prototypes)
     _checks.positive("proto_logits", "scale", scale)
-    chosen = choose("proto_logits", features, working_dtype(features, prototypes), backend)
+    chosen = choose("proto_logits", features, len(prototypes), working_dtype(features, prototypes), backend)
     if chosen == "reference":
         return proto_logits_reference(features, prototypes, scale)
     return _ProtoLogits.apply(features, prototypes, float(scale), chosen)

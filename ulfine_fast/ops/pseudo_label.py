@@ -222,7 +222,7 @@ def pseudo_label(
         normalize_linear,
         measured_rows(op, scale_rows, features.shape[0]),
     )
-    chosen = choose(op, features, dtype, backend)
+    chosen = choose(op, features, classes, dtype, backend)
     if chosen == "reference":
         return pseudo_label_reference(*arguments)
     return PseudoLabels(
