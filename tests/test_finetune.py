@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -101,6 +102,13 @@ def run(student: Student, schedule: FineTuning = SHORT, **options):
 
 def weights(student: Student) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+
+
+@torch.no_grad()
+def disturb(student: Student) -> None:
+    for p in student.parameters():
+        if p.requires_grad:
+            p.add_(1.0)
 
 
 def assert_close(ours: dict, theirs: dict, tolerance: float = 2e-5) -> None:
@@ -212,6 +220,18 @@ def test_batches_must_divide():
         )
 
 
+def test_places_in_a_batch_are_in_the_order_in_which_rows_are_gathered():
+    schedule = replace(SHORT, parts=3)
+    places = [
+        [
+            Engine.slots(SimpleNamespace(world=World(2, rank), schedule=schedule), 24, part)
+            for rank in range(2)
+        ]
+        for part in range(3)
+    ]
+    assert [place for ranks in places for slots in ranks for place in slots] == list(range(24))
+
+
 class Cut(Exception):
     pass
 
@@ -253,11 +273,8 @@ def test_a_run_that_was_cut_goes_on_bit_by_bit(tmp_path, cut, method, tower, cha
     with pytest.raises(Cut):
         run(student_of(method, tower, precision), schedule, run_dir=tmp_path, views=views, **options)
     again = student_of(method, tower, precision)
-    with torch.no_grad():
-        # whatever a process starts from, the checkpoint decides
-        for p in again.parameters():
-            if p.requires_grad:
-                p.add_(1.0)
+    # whatever a process starts from, the checkpoint decides
+    disturb(again)
     resumed = run(again, schedule, run_dir=tmp_path, resume=True, **options)
     assert digest_of(weights(again)) == digest_of(weights(whole))
     assert [r["loss"] for r in resumed.history] == [r["loss"] for r in uncut.history]
@@ -460,6 +477,9 @@ class Case(NamedTuple):
 
     def run(self, **options):
         student = self.student()
+        if not options.get("world", World()).leads:
+            # whatever it starts from, the first process decides
+            disturb(student)
         views = options.pop("views", None) or self.views(DATA, self.schedule)
         return student, run(student, self.schedule, views=views, **options)
 
@@ -532,6 +552,12 @@ with process_group(here, torch.device("cpu"), timeout=30):
             case.run(world=here, run_dir=folder / f"{name} together", checkpoint_every=4, views=views)
         except Cut:
             print("cut")
+    student = student_of()
+    if here.rank == 1:
+        loss = student.learner.loss
+        # labelled, targets, strong, rows, pseudo, progress
+        student.learner.loss = lambda *given: loss(*given) + (float("inf") if given[-1] == 0.5 else 0.0)
+    report("one loss", student, run(student, world=here))
     for options in ({"identity": {"data": here.rank}}, {"resume": True, "run_dir": folder / f"rank {here.rank}"}):
         try:
             Case().run(world=here, **options)
@@ -593,6 +619,14 @@ def test_one_process_goes_on_where_two_were_cut(together, name):
     student, result = case.run(resume=True, run_dir=path)
     assert result.steps == 8
     assert_close(alone(case)[0], weights(student), 1e-4)
+
+
+def test_all_processes_skip_what_one_has_to(together):
+    lines = [
+        [line for line in process.out.splitlines() if line.startswith("one loss:")] for process in together[1]
+    ]
+    assert lines[0] == lines[1]
+    assert lines[0][0].endswith(", 1 skipped")
 
 
 def test_processes_that_do_not_agree_do_not_start(together):

@@ -146,7 +146,12 @@ class Student(nn.Module):
 
 
 class Engine:
-    """A run in one process: its step and its state."""
+    """A run in one process: its step and its state.
+
+    All processes start from the trained weights of the first one. With `schedule.shard` the tower of `student` is
+    split over them in place, see `distributed.shard`; a `tower.blocks` has the modules that are whole one at a time.
+    ValueError for batches that do not divide, and for `shard` in a single process.
+    """
 
     def __init__(self, student: Student, views: Views, schedule: FineTuning, world: World) -> None:
         shares = world.size * schedule.parts
