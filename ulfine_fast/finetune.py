@@ -412,7 +412,7 @@ def finetune(
     Returns:
         TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate, loss (nats,
         mean of the processes), images_per_second (labelled and unlabelled images of all processes), rows_encoded and
-        rows_trained per step since the last record, skipped, and with unlabelled images pseudo_labels (see
+        rows_trained by this process per step since the last record, skipped, and with unlabelled images pseudo_labels (see
         `pseudo_label_metrics`, over the steps since the last record) and the learner's `distribution`.
 
     Raises:
