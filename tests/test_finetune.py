@@ -387,6 +387,14 @@ def test_twenty_such_steps_end_the_run():
         run(student, replace(SHORT, steps=40))
 
 
+def test_steps_that_changed_nothing_end_the_run_only_in_a_row():
+    window = engine_module._Window(5, torch.device("cpu"))
+    empty = torch.empty(0)
+    for finite in [False] * 19 + [True] + [False] * 19:
+        window.add(engine_module.StepReport(empty, torch.tensor(finite), empty, empty, empty, (0, 0)))
+    assert window.skipped(38) == 5 + 38
+
+
 def test_the_mean_of_the_weights_is_what_is_left():
     schedule = replace(SHORT, ema=0.75)
     student, views = student_of(), FeatureViews(DATA, schedule)
@@ -567,6 +575,13 @@ with process_group(here, torch.device("cpu"), timeout=30):
         # labelled, targets, strong, rows, pseudo, progress
         student.learner.loss = lambda *given: loss(*given) + (float("inf") if given[-1] == 0.5 else 0.0)
     report("one loss", student, run(student, world=here))
+    student = student_of()
+    if here.rank == 1:
+        student.learner.advance = lambda *_: student.learner.head.linear.data.add_(0.01)
+    try:
+        run(student, world=here)
+    except RuntimeError as error:
+        print(error)
     for options in ({"identity": {"data": here.rank}}, {"resume": True, "run_dir": folder / f"rank {here.rank}"}):
         try:
             Case().run(world=here, **options)
@@ -656,6 +671,12 @@ def test_processes_that_do_not_agree_do_not_start(together):
     message = "expected the same data, encoder, method and first step in all processes, got others in [1]"
     for process in together[1]:
         assert process.out.splitlines().count(message) == 2
+
+
+def test_processes_that_drift_apart_stop(together):
+    message = "expected the same weights and state in all processes, got others in [1]"
+    for process in together[1]:
+        assert process.out.splitlines().count(message) == 1
 
 
 def test_a_process_that_dies_in_the_backward_pass_ends_the_others(together):
