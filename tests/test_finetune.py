@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from processes import run_together
+from safetensors.torch import load_file
 from synthetic import small_data
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ulfine_fast import finetune as engine_module
 from ulfine_fast.batches import FeatureViews
-from ulfine_fast.checkpoint import CheckpointError, digest_of
+from ulfine_fast.checkpoint import CheckpointError, digest_of, load_checkpoint
 from ulfine_fast.config import METHODS, FineTuning, Schedule
 from ulfine_fast.distributed import World
 from ulfine_fast.finetune import Engine, Student, finetune
@@ -43,14 +49,50 @@ class SmallTower(nn.Module):
         return features + self.layer(torch.tanh(features)) - self.centre
 
 
+class Block(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, 5), nn.Linear(5, dim)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.gain * self.up(torch.tanh(self.down(x)))
+
+
+class BlockTower(nn.Module):
+    """Blocks, and what FSDP finds awkward: scalars, channels last, rows that do not divide, fewer rows than processes."""
+
+    def __init__(self, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 3, 2).to(memory_format=torch.channels_last)
+        self.blocks = nn.ModuleList(Block(16) for _ in range(3))
+        self.last = nn.Linear(16, 1)
+        self.checkpointing = checkpointing
+        with torch.no_grad():
+            for p in self.parameters():
+                p.mul_(0.3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images + F.pad(self.first(images.view(-1, 4, 2, 2)).flatten(1), (0, 13))
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x + self.last(x)
+
+
 def student_of(
-    method: str = "ulfine", tower: nn.Module | None = None, precision: str = "fp32", **changes
+    method: str = "ulfine",
+    tower: Callable[[], nn.Module] = SmallTower,
+    precision: str = "fp32",
+    **changes,
 ) -> Student:
     torch.manual_seed(1)
     learner = build_learner(
         replace(LEARNERS[method], **changes), DATA.prototypes, DATA.labelled_counts, seed=0
     )
-    return Student(SmallTower() if tower is None else tower, learner, precision)
+    return Student(tower(), learner, precision)
 
 
 def run(student: Student, schedule: FineTuning = SHORT, **options):
@@ -60,6 +102,13 @@ def run(student: Student, schedule: FineTuning = SHORT, **options):
 
 def weights(student: Student) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+
+
+@torch.no_grad()
+def disturb(student: Student) -> None:
+    for p in student.parameters():
+        if p.requires_grad:
+            p.add_(1.0)
 
 
 def assert_close(ours: dict, theirs: dict, tolerance: float = 2e-5) -> None:
@@ -75,7 +124,7 @@ def test_with_cached_features_the_step_is_that_of_the_head_trainer(method):
     schedule = Schedule(steps=8, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05)
     head = build_head(DATA.prototypes, METHODS[method], 0)
     train(head, DATA, METHODS[method], schedule, progress=False)
-    student = student_of(method, nn.Identity())
+    student = student_of(method, nn.Identity)
     run(student)
     learned = student.learner.state_dict()
     for name, tensor in head.state_dict().items():
@@ -171,6 +220,18 @@ def test_batches_must_divide():
         )
 
 
+def test_places_in_a_batch_are_in_the_order_in_which_rows_are_gathered():
+    schedule = replace(SHORT, parts=3)
+    places = [
+        [
+            Engine.slots(SimpleNamespace(world=World(2, rank), schedule=schedule), 24, part)
+            for rank in range(2)
+        ]
+        for part in range(3)
+    ]
+    assert [place for ranks in places for slots in ranks for place in slots] == list(range(24))
+
+
 class Cut(Exception):
     pass
 
@@ -190,30 +251,30 @@ class CutViews(FeatureViews):
 
 @pytest.mark.parametrize("cut", [3, 4, 7])
 @pytest.mark.parametrize(
-    ("method", "changes"),
+    ("method", "tower", "changes"),
     [
-        ("ulfine", {}),
-        ("ulfine", {"optimizer": "adamw", "ema": 0.9}),
-        ("fixmatch_la", {"look_ahead": True}),
-        ("ulfine", {"precision": "bf16", "parts": 2}),
-        ("lift", {"optimizer": "adamw"}),
+        ("ulfine", SmallTower, {}),
+        ("ulfine", SmallTower, {"optimizer": "adamw", "ema": 0.9}),
+        ("fixmatch_la", SmallTower, {"look_ahead": True}),
+        ("ulfine", SmallTower, {"precision": "bf16", "parts": 2}),
+        ("lift", SmallTower, {"optimizer": "adamw"}),
+        # its channels are last
+        ("lift", BlockTower, {}),
+        ("lift", BlockTower, {"optimizer": "adamw"}),
     ],
 )
-def test_a_run_that_was_cut_goes_on_bit_by_bit(tmp_path, cut, method, changes):
+def test_a_run_that_was_cut_goes_on_bit_by_bit(tmp_path, cut, method, tower, changes):
     schedule = replace(SHORT, **changes)
     precision = schedule.precision
     options = {"checkpoint_every": 2, "identity": {"data": "small"}}
-    whole = student_of(method, precision=precision)
+    whole = student_of(method, tower, precision)
     uncut = run(whole, schedule, run_dir=tmp_path / "whole", **options)
     views = CutViews(schedule, cut)
     with pytest.raises(Cut):
-        run(student_of(method, precision=precision), schedule, run_dir=tmp_path, views=views, **options)
-    again = student_of(method, precision=precision)
-    with torch.no_grad():
-        # whatever a process starts from, the checkpoint decides
-        for p in again.parameters():
-            if p.requires_grad:
-                p.add_(1.0)
+        run(student_of(method, tower, precision), schedule, run_dir=tmp_path, views=views, **options)
+    again = student_of(method, tower, precision)
+    # whatever a process starts from, the checkpoint decides
+    disturb(again)
     resumed = run(again, schedule, run_dir=tmp_path, resume=True, **options)
     assert digest_of(weights(again)) == digest_of(weights(whole))
     assert [r["loss"] for r in resumed.history] == [r["loss"] for r in uncut.history]
@@ -236,26 +297,34 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 def test_looking_ahead_takes_the_weights_of_the_step_before(monkeypatch):
-    events = []
+    events, look, update = [], Engine.look, Engine._update
 
-    def watch(name):
-        plain = getattr(Engine, name)
+    def watched_look(engine, step):
+        answer = look(engine, step)
+        events.append(("look", step))
+        return answer
 
-        def call(engine, *arguments):
-            answer = plain(engine, *arguments)
-            events.append((name, *arguments))
-            return answer
+    def watched_update(engine, loss):
+        answer = update(engine, loss)
+        events.append("update")
+        return answer
 
-        monkeypatch.setattr(Engine, name, call)
-
-    watch("look")
-    watch("_update")
+    monkeypatch.setattr(Engine, "look", watched_look)
+    monkeypatch.setattr(Engine, "_update", watched_update)
     run(student_of(), replace(SHORT, steps=4, look_ahead=True), checkpoint_every=2)
-    update = ("_update",)
-    assert events == [("look", 0), ("look", 1), update, ("look", 2), update, ("look", 3), update, update]
+    assert events == [
+        ("look", 0),
+        ("look", 1),
+        "update",
+        ("look", 2),
+        "update",
+        ("look", 3),
+        "update",
+        "update",
+    ]
     events.clear()
     run(student_of(), replace(SHORT, steps=2))
-    assert events == [("look", 0), update, ("look", 1), update]
+    assert events == [("look", 0), "update", ("look", 1), "update"]
 
 
 class Poisoned(FeatureViews):
@@ -278,14 +347,52 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert digest_of(engine.tensors()) != digest_of(before)
 
 
-def test_twenty_such_steps_end_the_run(monkeypatch):
+def test_a_loss_that_is_not_finite_is_enough():
+    engine = Engine(student_of(), FeatureViews(DATA, SHORT), SHORT, World())
+    loss = type(engine.learner).loss
+    engine.learner.loss = lambda *arguments: loss(engine.learner, *arguments) + float("inf")
+    before = weights(engine.student)
+    assert not engine.step(0).finite
+    named = dict(engine.student.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in named.items())
+
+
+def test_a_step_does_not_wait_for_the_device(monkeypatch):
+    schedule = replace(SHORT, ema=0.9, precision="fp16", optimizer="adamw")
+    # kernels of the processor take numbers for their arguments, this learner has none
+    student = student_of("finessl", precision="fp16")
+    engine = Engine(student, FeatureViews(DATA, schedule), schedule, World())
+    engine.step(0)
+
+    def wait(*_):
+        raise AssertionError("waited for the device")
+
+    # the rows to encode are the one thing that has to be known
+    lists, plain = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(1) or plain(tensor))
+    for name in ("__bool__", "__float__", "__int__", "item"):
+        monkeypatch.setattr(torch.Tensor, name, wait)
+    window = engine_module._Window(0, engine.device)
+    window.add(engine.step(1))
+    assert len(lists) == 1
+
+
+def test_twenty_such_steps_end_the_run():
     student = student_of()
     with torch.no_grad():
         student.tower.frozen.weight.fill_(float("inf"))
     with pytest.raises(
-        RuntimeError, match="stopped at step 20: the gradient was not finite in 20 steps in a row"
+        RuntimeError, match="stopped at step 20: loss or gradient was not finite in 20 steps in a row"
     ):
         run(student, replace(SHORT, steps=40))
+
+
+def test_steps_that_changed_nothing_end_the_run_only_in_a_row():
+    window = engine_module._Window(5, torch.device("cpu"))
+    empty = torch.empty(0)
+    for finite in [False] * 19 + [True] + [False] * 19:
+        window.add(engine_module.StepReport(empty, torch.tensor(finite), empty, empty, empty, (0, 0)))
+    assert window.skipped(38) == 5 + 38
 
 
 def test_the_mean_of_the_weights_is_what_is_left():
@@ -313,7 +420,7 @@ def test_half_precision_is_that_of_the_products_alone():
             seen.append((F.linear(images, self.layer.weight).dtype, self.layer.weight.dtype))
             return super().forward(images)
 
-    student = student_of(tower=Watched(), precision="bf16")
+    student = student_of(tower=Watched, precision="bf16")
     run(student, replace(SHORT, precision="bf16"))
     assert set(seen) == {(torch.bfloat16, torch.float32)}
     exact = student_of()
@@ -326,72 +433,263 @@ def test_float16_gradients_are_scaled_and_an_overflow_lowers_the_scale():
     student, exact = student_of(precision="fp16"), student_of()
     engine = Engine(student, FeatureViews(DATA, schedule), schedule, World())
     engine.scale.fill_(2.0**40)
-    before = digest_of(weights(student))
+    before = weights(student)
     assert not engine.step(0).finite
     assert engine.scale == 2.0**39
-    assert digest_of({n: t for n, t in weights(student).items() if "head" not in n}) == digest_of(
-        {n: t for n, t in weights(student_of(precision="fp16")).items() if "head" not in n}
-    )
-    assert before
+    assert all(torch.equal(before[name], p) for name, p in student.named_parameters())
     engine.scale.fill_(2.0**10)
     assert engine.step(0).finite
-    run(student_of(precision="fp16"), schedule)
-    run(exact)
+    assert engine.scale == 2.0**10
+    Engine(exact, FeatureViews(DATA, SHORT), SHORT, World()).step(0)
+    moved, exactly = (
+        torch.cat([(p.detach() - before[name]).flatten() for name, p in s.named_parameters()])
+        for s in (student, exact)
+    )
+    # the 11 bits of a float16
+    assert (moved - exactly).norm() < 2.0**-10 * exactly.norm()
 
 
-TOGETHER = """
+class OneWeakViewIsNotANumber(FeatureViews):
+    """In step 2 the weak view in slot 13, which the second of two processes has."""
+
+    def weak(self, step, slots):
+        answer = super().weak(step, slots)
+        hit = torch.tensor([step == 2 and slot == 13 for slot in slots])
+        return lambda: (answer()[0].masked_fill(hit[:, None], float("nan")), answer()[1])
+
+
+class OneProcessKeepsNothing(FeatureViews):
+    """The weak views in slots 12 to 23 are not numbers, in all steps."""
+
+    def weak(self, step, slots):
+        answer = super().weak(step, slots)
+        lost = torch.tensor([slot >= 12 for slot in slots])
+        return lambda: (answer()[0].masked_fill(lost[:, None], float("nan")), answer()[1])
+
+
+class OneProcessIsPoisoned(FeatureViews):
+    """In step 3 the labelled image in slot 9 is not a number."""
+
+    def labelled(self, step, slots):
+        answer = super().labelled(step, slots)
+        hit = torch.tensor([step == 3 and slot == 9 for slot in slots])
+        return lambda: (answer()[0].masked_fill(hit[:, None], float("nan")), answer()[1])
+
+
+class Case(NamedTuple):
+    method: str = "ulfine"
+    schedule: FineTuning = SHORT
+    views: type = FeatureViews
+    tower: Callable[[], nn.Module] = SmallTower
+
+    def student(self) -> Student:
+        settled = {"eta_folds": 0} if self.method == "ulfine_plus" else {}
+        return student_of(self.method, self.tower, self.schedule.precision, **settled)
+
+    def run(self, **options):
+        student = self.student()
+        if not options.get("world", World()).leads:
+            # whatever it starts from, the first process decides
+            disturb(student)
+        views = options.pop("views", None) or self.views(DATA, self.schedule)
+        return student, run(student, self.schedule, views=views, **options)
+
+
+SHARDED = replace(SHORT, shard=True)
+TOGETHER = {
+    "ulfine": Case(),
+    "ulfine_plus": Case("ulfine_plus"),
+    "lift": Case("lift"),
+    "finessl": Case("finessl"),
+    "look ahead": Case("fixmatch_la", replace(SHORT, look_ahead=True, parts=2)),
+    "one weak view is not a number": Case(views=OneWeakViewIsNotANumber),
+    "one process keeps nothing": Case(views=OneProcessKeepsNothing),
+    "one process is poisoned": Case(views=OneProcessIsPoisoned),
+    "sharded": Case(schedule=SHARDED, tower=BlockTower),
+    "sharded, recomputed": Case(schedule=SHARDED, tower=partial(BlockTower, checkpointing=True)),
+    "sharded, AdamW": Case(
+        "fixmatch_la",
+        replace(SHARDED, optimizer="adamw", ema=0.75, parts=2, look_ahead=True),
+        tower=BlockTower,
+    ),
+    "sharded, poisoned": Case(schedule=SHARDED, tower=BlockTower, views=OneProcessIsPoisoned),
+}
+CUT = {
+    "plain": Case(schedule=replace(SHORT, parts=2)),
+    "sharded": Case(schedule=replace(SHARDED, optimizer="adamw", ema=0.75), tower=BlockTower),
+}
+SCRIPT = """
+import os
 import sys
-import torch
 from pathlib import Path
+
+from safetensors.torch import save_file
 from test_finetune import *
-from ulfine_fast.checkpoint import digest_of
-from ulfine_fast.distributed import process_group, world
+from ulfine_fast.distributed import process_group, sharded_parameters, whole, world
 
 torch.set_num_threads(1)
-here = world()
-method, folder, steps, parts, resume = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-student = student_of(method)
-schedule = replace(SHORT, parts=parts)
-with process_group(here, torch.device("cpu"), timeout=60):
-    views = CutViews(schedule, steps)
-    try:
-        finetune(student, views, DATA.labelled_counts, schedule, world=here, run_dir=folder, checkpoint_every=4,
-                 resume=resume == "resume", progress=False)
-    except Cut:
+here, folder = world(), Path(sys.argv[1])
+
+
+def report(name, student, result):
+    found = {key: whole(tensor, here).detach().contiguous() for key, tensor in student.state_dict().items()}
+    print(f"{name}: {digest_of(found)}, {result.skipped} skipped")
+    if here.leads:
+        save_file(found, folder / f"{name}.safetensors")
+
+
+class Dies(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
         pass
-print(digest_of(weights(student)))
-if here.leads:
-    from safetensors.torch import save_file
-    save_file(weights(student), folder / "weights.safetensors")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        print("dies", flush=True)
+        os._exit(3)
+
+
+with process_group(here, torch.device("cpu"), timeout=30):
+    for name, case in TOGETHER.items():
+        report(name, *case.run(world=here))
+    for name, case in CUT.items():
+        report(f"{name} goes on", *case.run(world=here, resume=True, run_dir=folder / f"{name} alone"))
+        try:
+            views = CutViews(case.schedule, 6)
+            case.run(world=here, run_dir=folder / f"{name} together", checkpoint_every=4, views=views)
+        except Cut:
+            print("cut")
+    student, _ = CUT["sharded"].run(world=here)
+    first, second, _ = student.tower.blocks
+    first.register_forward_hook(lambda *_: print("split", *sharded_parameters(second)))
+    with torch.no_grad():
+        student.encode(DATA.weak[0][:4])
+    print("split", *sharded_parameters(student.tower))
+    student = student_of()
+    if here.rank == 1:
+        loss = student.learner.loss
+        # labelled, targets, strong, rows, pseudo, progress
+        student.learner.loss = lambda *given: loss(*given) + (float("inf") if given[-1] == 0.5 else 0.0)
+    report("one loss", student, run(student, world=here))
+    student = student_of()
+    if here.rank == 1:
+        student.learner.advance = lambda *_: student.learner.head.linear.data.add_(0.01)
+    try:
+        run(student, world=here)
+    except RuntimeError as error:
+        print(error)
+    for options in ({"identity": {"data": here.rank}}, {"resume": True, "run_dir": folder / f"rank {here.rank}"}):
+        try:
+            Case().run(world=here, **options)
+        except RuntimeError as error:
+            print(error)
+    sys.stdout.flush()
+    student = CUT["sharded"].student()
+    if here.rank == 1:
+        middle = student.tower.blocks[1]
+        middle.register_forward_hook(lambda _module, _inputs, output: Dies.apply(output))
+    run(student, SHARDED, world=here)
 """
 
 
-@pytest.mark.parametrize("method", ["ulfine", "ulfine_plus", "lift"])
-def test_two_processes_are_one(tmp_path, method):
-    from safetensors.torch import load_file
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """All that two processes do in this file, done by one pair: starting it takes most of the time."""
+    folder = tmp_path_factory.mktemp("together")
+    for name, case in CUT.items():
+        alone = case._replace(schedule=replace(case.schedule, shard=False))
+        with pytest.raises(Cut):
+            alone.run(run_dir=folder / f"{name} alone", checkpoint_every=4, views=CutViews(SHORT, 6))
+    run(student_of(), run_dir=folder / "rank 0")
+    return folder, run_together(SCRIPT, 2, str(folder), folder=folder)
 
+
+def alone(case: Case) -> tuple[dict[str, torch.Tensor], int]:
     torch.set_num_threads(1)
-    settled = {"eta_folds": 0}
-    alone = student_of(method, **settled)
-    run(alone)
-    script = TOGETHER.replace("student_of(method)", "student_of(method, eta_folds=0)")
-    ended = run_together(script, 2, method, str(tmp_path), "99", "1", "new", folder=tmp_path)
-    assert [process.code for process in ended] == [0, 0], ended[0].error + ended[1].error
-    assert ended[0].out == ended[1].out
-    assert_close(weights(alone), load_file(tmp_path / "weights.safetensors"), 1e-4)
+    case = case._replace(schedule=replace(case.schedule, shard=False))
+    student, result = case.run()
+    return weights(student), result.skipped
 
 
-def test_another_number_of_processes_goes_on(tmp_path):
-    from safetensors.torch import load_file
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_are_one(together, name):
+    folder, ended = together
+    lines = [[line for line in process.out.splitlines() if line.startswith(f"{name}:")] for process in ended]
+    expected, skipped = alone(TOGETHER[name])
+    assert lines[0] == lines[1], ended[0].error + ended[1].error
+    assert lines[0][0].endswith(f", {skipped} skipped")
+    assert skipped == ("poisoned" in name)
+    assert_close(expected, load_file(folder / f"{name}.safetensors"), 1e-4)
 
+
+@pytest.mark.parametrize("name", CUT)
+def test_two_processes_go_on_where_one_was_cut(together, name):
+    folder, _ = together
+    assert_close(alone(CUT[name])[0], load_file(folder / f"{name} goes on.safetensors"), 1e-4)
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_one_process_goes_on_where_two_were_cut(together, name):
+    folder, ended = together
+    assert [process.out.splitlines().count("cut") for process in ended] == [2, 2]
     torch.set_num_threads(1)
-    alone = student_of()
-    run(alone)
-    ended = run_together(TOGETHER, 2, "ulfine", str(tmp_path), "6", "2", "new", folder=tmp_path)
-    assert [process.code for process in ended] == [0, 0], ended[0].error
-    ended = run_together(TOGETHER, 1, "ulfine", str(tmp_path), "99", "2", "resume", folder=tmp_path)
-    assert ended[0].code == 0, ended[0].error
-    assert_close(weights(alone), load_file(tmp_path / "weights.safetensors"), 1e-4)
+    case = CUT[name]._replace(schedule=replace(CUT[name].schedule, shard=False))
+    path = folder / f"{name} together"
+    assert load_checkpoint(path / CHECKPOINT)[1]["steps"] == 4
+    student, result = case.run(resume=True, run_dir=path)
+    assert result.steps == 8
+    assert_close(alone(case)[0], weights(student), 1e-4)
+
+
+def test_only_what_is_used_is_whole(together):
+    block = ["down.weight", "down.bias", "up.weight", "up.bias"]
+    every = [
+        "first.bias",
+        *(f"blocks.{i}.{name}" for i in range(3) for name in block),
+        "last.weight",
+        "last.bias",
+    ]
+    for process in together[1]:
+        lines = [line.split()[1:] for line in process.out.splitlines() if line.startswith("split")]
+        # the second block while the first one runs, all after a pass without gradient
+        assert lines == [block, every], process.error
+
+
+def test_all_processes_skip_what_one_has_to(together):
+    lines = [
+        [line for line in process.out.splitlines() if line.startswith("one loss:")] for process in together[1]
+    ]
+    assert lines[0] == lines[1]
+    assert lines[0][0].endswith(", 1 skipped")
+
+
+def test_processes_that_do_not_agree_do_not_start(together):
+    message = "expected the same data, encoder, method and first step in all processes, got others in [1]"
+    for process in together[1]:
+        assert process.out.splitlines().count(message) == 2
+
+
+def test_processes_that_drift_apart_stop(together):
+    message = "expected the same weights and state in all processes, got others in [1]"
+    for process in together[1]:
+        assert process.out.splitlines().count(message) == 1
+
+
+def test_a_process_that_dies_in_the_backward_pass_ends_the_others(together):
+    first, second = together[1]
+    assert (first.code, second.code) == (1, 3)
+    assert second.out.splitlines()[-1] == "dies"
+    last = first.error.strip().splitlines()[-1].removeprefix("[rank0]: ")
+    assert last.startswith("ulfine_fast.distributed.ProcessError: process 0 of 2")
+
+
+def test_a_single_process_has_nothing_to_shard_over():
+    with pytest.raises(ValueError, match="shard must be False in a single process, got True"):
+        run(student_of(), SHARDED)
 
 
 def test_history_says_what_happened():

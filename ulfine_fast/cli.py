@@ -602,6 +602,14 @@ def finetune(
             rich_help_panel=PANEL_TRAINING,
         ),
     ] = TUNING.look_ahead,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Split encoder, gradients and optimizer over the processes (FSDP): less memory in each.",
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = TUNING.shard,
     log_every: Annotated[
         int,
         typer.Option(min=1, help="Steps between two records of the history.", rich_help_panel=PANEL_TRAINING),
@@ -686,6 +694,7 @@ def finetune(
             precision=precision,
             ema=ema,
             look_ahead=look_ahead,
+            shard=shard,
             seed=seed,
             log_every=log_every,
         )
@@ -708,7 +717,7 @@ def finetune(
         "encoder": asdict(encoder),
         "name": method,
         "method": asdict(chosen),
-        "schedule": asdict(schedule),
+        "schedule": schedule.identity(),
         "crops": crops or preset.crops,
     }
     if chosen_device == "cuda":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 ADJUST_UNLABELLED = ("none", "labelled", "kept", "both")
@@ -287,6 +287,7 @@ class FineTuning:
     precision: str = "fp32"  # of the encoder's products: "fp32", "bf16" or "fp16"; weights stay float32
     ema: float = 0.0  # share of the old weights in their running mean, which is what is evaluated; 0 is none
     look_ahead: bool = False  # pseudo-labels of a step from the weights of the step before
+    shard: bool = False  # split the encoder, its gradients and its optimizer over the processes
     seed: int = 0  # of batches and views
     log_every: int = 50  # steps between two records of the history
 
@@ -298,6 +299,10 @@ class FineTuning:
         _one_of(self, "precision", PRECISIONS)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+
+    def identity(self) -> dict[str, Any]:
+        """What a run keeps when it goes on: all but how processes share its memory."""
+        return {name: value for name, value in asdict(self).items() if name != "shard"}
 
 
 @dataclass(frozen=True)

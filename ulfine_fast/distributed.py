@@ -10,11 +10,14 @@ import datetime
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class World(NamedTuple):
@@ -76,15 +79,13 @@ def gather_rows(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
     """[m, n, ...] of every process as [m * size * n, ...]: part by part, in each the processes in order.
 
     tensors: any dtype, with the same shapes in all processes; m are the parts of a step, n the rows of one. All
-    tensors travel as the bytes of one buffer in which each process fills its places, in one sum over the processes:
-    exact, since everything that is added is zero.
+    tensors travel as the bytes of one buffer.
     """
     if world.size == 1:
         return [tensor.flatten(0, 1) for tensor in tensors]
     octets = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in tensors]
-    packed = octets[0].new_zeros(world.size, sum(map(len, octets)))
-    packed[world.rank] = torch.cat(octets)
-    dist.all_reduce(packed)
+    packed = octets[0].new_empty(world.size, sum(map(len, octets)))
+    dist.all_gather_into_tensor(packed.flatten(), torch.cat(octets))
     gathered, start = [], 0
     for tensor, part in zip(tensors, octets, strict=True):
         # a copy starts where every dtype may start
@@ -111,6 +112,13 @@ def average_gradients(parameters: Sequence[Tensor], world: World) -> None:
         p.grad.copy_(mean.view_as(p))
 
 
+def largest(number: Tensor, world: World) -> Tensor:
+    """The largest of the processes' `number`, which takes its place."""
+    if world.size > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number
+
+
 @torch.no_grad()
 def take_from_first(tensors: Sequence[Tensor], world: World) -> None:
     """Fill `tensors` with those of the first process."""
@@ -119,15 +127,67 @@ def take_from_first(tensors: Sequence[Tensor], world: World) -> None:
             dist.broadcast(tensor, 0)
 
 
-def check_equal(digest: str, world: World) -> None:
-    """RuntimeError unless all processes call with the same `digest`, a string of hexadecimal digits."""
-    mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
-    if dist.get_backend() == "nccl":
-        mine = mine.cuda()
+def check_equal(digest: str, what: str, world: World, device: torch.device) -> None:
+    """RuntimeError, naming `what`, unless all processes call with the same `digest`, hexadecimal digits.
+
+    device: of the processes' group, see `process_group`.
+    """
+    mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
     digests = gather_rows([mine[None, None]], world)[0]
     differing = (digests != digests[0]).any(1).nonzero().flatten().tolist()
     if differing:
-        raise RuntimeError(f"expected the same weights and state in all processes, got others in {differing}")
+        raise RuntimeError(f"expected the same {what} in all processes, got others in {differing}")
+
+
+def shard(module: nn.Module, blocks: Sequence[nn.Module], world: World, device: torch.device) -> None:
+    """Split the parameters of `module` over the processes, with their gradients, in place (FSDP2).
+
+    A process keeps the rows of its rank, `torch.chunk` by the first dimension, as DTensors. The parameters of each of
+    `blocks`, and together those outside all blocks, are whole only while they are used. The backward pass leaves the
+    mean of the processes' gradients; every process runs `module` equally often.
+
+    Scalars and parameters that are not contiguous, such as a convolution with channels last, stay whole in every
+    process: FSDP takes neither. Their gradients are to be averaged.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world.size,))
+    ignored = {p for p in module.parameters() if p.ndim == 0 or not p.is_contiguous()}
+    for part in (*blocks, module):
+        # also of the module around the blocks: a pass without gradient must not leave weights from before a step
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+
+
+def sharded_parameters(module: nn.Module) -> dict[str, DTensor]:
+    """The parameters of `module` that are split over the processes, by name."""
+    from torch.distributed.tensor import DTensor
+
+    return {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+
+
+def whole(tensor: Tensor, world: World, like: DTensor | None = None) -> Tensor:
+    """All rows of a tensor that is split over the processes, which all call this; any other one as it is.
+
+    tensor: a DTensor, or with `like` the rows of this process, split as those of `like`.
+    """
+    if world.size == 1:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    if like is not None:
+        mesh, placements = like.device_mesh, like.placements
+        tensor = DTensor.from_local(tensor, mesh, placements, shape=like.shape, stride=like.stride())
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: Tensor, like: DTensor) -> Tensor:
+    """The rows of a whole `tensor` that this process has of `like`."""
+    from torch.distributed.tensor import distribute_tensor
+
+    split = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    # not a view, which would keep the whole
+    return split.to_local().clone()
 
 
 def _is_of_the_connection(error: RuntimeError) -> bool:

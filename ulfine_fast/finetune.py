@@ -11,13 +11,13 @@ step number are the whole state of a run.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,13 +26,25 @@ from torch import Tensor, nn
 from ulfine_fast.checkpoint import (
     CHECKPOINT,
     CheckpointError,
+    digest,
     digest_of,
     first_difference,
     load_checkpoint,
     save_checkpoint,
 )
 from ulfine_fast.config import FineTuning
-from ulfine_fast.distributed import World, average_gradients, check_equal, gather_rows, take_from_first
+from ulfine_fast.distributed import (
+    World,
+    average_gradients,
+    check_equal,
+    gather_rows,
+    largest,
+    own_rows,
+    shard,
+    sharded_parameters,
+    take_from_first,
+    whole,
+)
 from ulfine_fast.learners import Learner, Pseudo
 from ulfine_fast.metrics import pseudo_label_metrics
 from ulfine_fast.splits import groups_by_rank
@@ -47,12 +59,17 @@ from ulfine_fast.trainer import (
     set_learning_rate,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 LOGGER = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Numbers of rows that a GPU sees: few of them, so that compiled towers and library kernels find their sizes again.
 GPU_BUCKET = 16
 # Of the scale of float16 gradients: torch.amp.GradScaler's defaults.
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
+# What an optimizer keeps for each element of a parameter.
+SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
 class Views(Protocol):
@@ -129,7 +146,12 @@ class Student(nn.Module):
 
 
 class Engine:
-    """A run in one process: its step and its state."""
+    """A run in one process: its step and its state.
+
+    All processes start from the trained weights of the first one. With `schedule.shard` the tower of `student` is
+    split over them in place, see `distributed.shard`; a `tower.blocks` has the modules that are whole one at a time.
+    ValueError for batches that do not divide, and for `shard` in a single process.
+    """
 
     def __init__(self, student: Student, views: Views, schedule: FineTuning, world: World) -> None:
         shares = world.size * schedule.parts
@@ -139,14 +161,34 @@ class Engine:
                 raise ValueError(
                     f"{name} must be a multiple of processes x parts, {world.size} x {schedule.parts}, got {size}"
                 )
+        if schedule.shard and world.size == 1:
+            raise ValueError("shard must be False in a single process, got True; torchrun starts several")
         self.student, self.views, self.schedule, self.world = student, views, schedule, world
         self.learner = student.learner
         self.semi = bool(self.learner.semi and schedule.unlabelled_batch and len(views.unlabelled_truth))
         self.device = next(student.learner.parameters()).device
-        self.weights = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        tower = [p for name, p in self.weights.items() if name.startswith("tower.")]
+        take_from_first(list(tuned_tensors(student).values()), world)
+        split = {}
+        if schedule.shard:
+            shard(student.tower, student.tower.blocks, world, self.device)
+            split = sharded_parameters(student)
+        # of a parameter that is split, the rows of this process: an ordinary tensor, for which all optimizers work
+        self.weights = {}
+        for name, p in student.named_parameters():
+            if p.requires_grad:
+                # a loss that does not touch a parameter leaves it a gradient of zero, on one process as on several
+                p.grad = torch.zeros_like(p)
+                self.weights[name] = _rows(p) if name in split else p
+        tower = [name for name in self.weights if name.startswith("tower.")]
+        # by the names of the state; the tower's are the first parameters of the optimizer
+        self.split = split | {f"mean.{name}": p for name, p in split.items()}
+        for index, name in enumerate(tower):
+            if name in split:
+                self.split |= {f"optimizer.{index}.{slot}": split[name] for slot in SLOTS}
         rates = schedule.learning_rate, schedule.weight_decay
-        groups = [{"params": tower, "weight_decay": rates[1]}] if tower else []
+        groups = (
+            [{"params": [self.weights[name] for name in tower], "weight_decay": rates[1]}] if tower else []
+        )
         self.optimizer = fused_optimizer(
             [*groups, *self.learner.groups(*rates)], schedule.optimizer, rates[0]
         )
@@ -155,10 +197,6 @@ class Engine:
         )
         self.scale = torch.tensor(FIRST_SCALE if schedule.precision == "fp16" else 1.0, device=self.device)
         self.scale_age = torch.zeros((), dtype=torch.int32, device=self.device)
-        for p in self.weights.values():
-            # a loss that does not touch a parameter leaves it a gradient of zero, on one process as on several
-            p.grad = torch.zeros_like(p)
-        take_from_first(list(tuned_tensors(student).values()), world)
         self.asked: dict[int, list[tuple[Any, Any]]] = {}
         self.ahead: Look | None = None
 
@@ -233,7 +271,8 @@ class Engine:
             columns.append((features, labels, part.weak, part.places, *part.pseudo[:3], *part.pseudo.detail))
             encoded += len(part.weak) + len(images)
             trained += len(images)
-        finite = self._update()
+        loss = torch.stack(losses).mean()
+        finite = self._update(loss)
 
         # all rows of the batch, so that every process has the same state
         rows = [torch.stack(column) for column in zip(*columns, strict=True)]
@@ -243,10 +282,10 @@ class Engine:
         self.learner.advance(features, labels, weak, pseudo, finite, copies)
         if self.mean_weights:
             share = torch.where(finite, 1.0 - self.schedule.ema, 0.0)
-            weights = [p.detach() for p in self.weights.values()]
-            torch._foreach_lerp_(list(self.mean_weights.values()), weights, float(share))
+            for name, mean in self.mean_weights.items():
+                mean.lerp_(self.weights[name].detach(), share)
         return StepReport(
-            torch.stack(losses).mean(),
+            loss,
             finite,
             pseudo.label,
             pseudo.weight > 0,
@@ -254,36 +293,60 @@ class Engine:
             (encoded, trained),
         )
 
-    def _update(self) -> Tensor:
-        """One step of the optimizer; [] bool, whether its gradients were finite."""
-        average_gradients(list(self.weights.values()), self.world)
+    def _update(self, loss: Tensor) -> Tensor:
+        """One step of the optimizer; [] bool, whether `loss` and gradients were finite in all processes."""
+        average_gradients([p for name, p in self.weights.items() if name not in self.split], self.world)
         gradients = [p.grad for p in self.weights.values()]
-        found_inf = torch.zeros((), device=self.device)
-        # Gradients are equal in all processes, so all of them decide alike.
+        found_inf = (~loss.isfinite()).float()
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self.scale.reciprocal())
         # Fused optimizers read this flag and then do nothing.
-        self.optimizer.found_inf = found_inf
+        self.optimizer.found_inf = largest(found_inf, self.world)
         self.optimizer.step()
         if self.schedule.precision == "fp16":
             torch._amp_update_scale_(self.scale, self.scale_age, found_inf, GROWTH, BACKOFF, GROWTH_STEPS)
         return found_inf == 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a continued run needs, by name. Frozen weights of the tower are not part of it."""
+        """Everything that a continued run needs, by name and not copied; of what is split, the rows of this process.
+
+        Frozen weights of the tower are not part of it.
+        """
         tensors = tuned_tensors(self.student)
+        tensors |= {name: self.weights[name] for name in tensors if name in self.split}
         tensors |= {f"mean.{name}": tensor for name, tensor in self.mean_weights.items()}
         tensors |= {"scale": self.scale, "scale_age": self.scale_age}
         return tensors | optimizer_tensors(self.optimizer)
 
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """`tensors` for a checkpoint, nothing split; empty in all processes but the first. All of them call this."""
+        found = {}
+        for name, tensor in self.tensors().items():
+            tensor = whole(tensor, self.world, self.split.get(name))
+            if self.world.leads:
+                # one at a time: together they may not fit on the device
+                found[name] = tensor.cpu() if name in self.split else tensor
+        return found
+
+    def checksum(self) -> str:
+        """Hexadecimal digits that are equal in all processes as long as what all of them hold is."""
+        sums = [
+            tensor.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64)
+            for name, tensor in self.tensors().items()
+            if name not in self.split
+        ]
+        return digest(torch.stack([total.to(self.device) for total in sums]))
+
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from `tensors` of a checkpoint."""
-        load_tuned_tensors(self.student, tensors)
-        load_optimizer(self.optimizer, dict(tensors))
-        self.scale.copy_(tensors["scale"])
-        self.scale_age.copy_(tensors["scale_age"])
-        for name, tensor in self.mean_weights.items():
-            tensor.copy_(tensors[f"mean.{name}"])
+        """Continue from the `whole_tensors` of a checkpoint, whatever number of processes wrote it."""
+        _check_fit(self.student, tensors)
+        own = {
+            name: own_rows(tensor, self.split[name]) if name in self.split else tensor
+            for name, tensor in tensors.items()
+        }
+        load_optimizer(self.optimizer, own)
+        for name, place in self.tensors().items():
+            place.copy_(own[name])
 
 
 def tuned_tensors(student: Student) -> dict[str, Tensor]:
@@ -298,13 +361,23 @@ def load_tuned_tensors(student: Student, tensors: Mapping[str, Tensor], *, avera
 
     Raises CheckpointError, before anything is written, when it is of another encoder, tuning or method.
     """
-    places = tuned_tensors(student)
-    for name, place in places.items():
+    _check_fit(student, tensors)
+    for name, place in tuned_tensors(student).items():
+        place.copy_(tensors.get(f"mean.{name}", tensors[name]) if averaged else tensors[name])
+
+
+def _check_fit(student: Student, tensors: Mapping[str, Tensor]) -> None:
+    for name, place in tuned_tensors(student).items():
         if name not in tensors or tensors[name].shape != place.shape:
             got = list(tensors[name].shape) if name in tensors else "none"
             raise CheckpointError(f"expected {name} {list(place.shape)} in the checkpoint, got {got}")
-    for name, place in places.items():
-        place.copy_(tensors.get(f"mean.{name}", tensors[name]) if averaged else tensors[name])
+
+
+def _rows(parameter: DTensor) -> Tensor:
+    """The rows of this process of a split parameter and of its gradient, sharing their memory."""
+    rows = parameter.to_local().detach()
+    rows.grad = parameter.grad.to_local()
+    return rows
 
 
 def finetune(
@@ -322,6 +395,9 @@ def finetune(
 ) -> TrainResult:
     """Train `student` in place; at the end it holds the mean weights, where the schedule asks for them.
 
+    With `schedule.shard` the tower is left split: its parameters are DTensors, `distributed.whole` has their values,
+    and all processes encode equally many batches.
+
     Args:
         labelled_counts: [C] labelled images by class, for the groups of the reports.
         world: the processes of the run; None is this one alone.
@@ -329,40 +405,48 @@ def finetune(
         run_dir: where the first process writes checkpoints, None writes none.
         resume: continue from the checkpoint in `run_dir` if there is one. The result is bit by bit that of a run
             without interruption with the same number of processes and threads on the same machine; another number
-            of processes may go on, too, and rounds differently.
+            of processes may go on, too, and with or without `schedule.shard`, and rounds differently.
         checkpoint_every: steps between two checkpoints; one more is written at the end.
         progress: show a progress bar on a terminal.
 
     Returns:
         TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate, loss (nats,
         mean of the processes), images_per_second (labelled and unlabelled images of all processes), rows_encoded and
-        rows_trained per step since the last record, skipped, and with unlabelled images pseudo_labels (see
+        rows_trained by this process per step since the last record, skipped, and with unlabelled images pseudo_labels (see
         `pseudo_label_metrics`, over the steps since the last record) and the learner's `distribution`.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another run. ValueError: batches that the processes cannot
-        share. RuntimeError: 20 steps in a row were not finite, or the processes have drifted apart.
+        share, or nothing that `shard` could split them over. RuntimeError: 20 steps in a row were not finite (the run
+        stops at its next record, checkpoint or multiple of 20), or the processes do not agree.
     """
     world = world or World()
     engine = Engine(student, views, schedule, world)
     result = TrainResult()
     path = None if run_dir is None else Path(run_dir) / CHECKPOINT
-    identity = {**(identity or {}), "schedule": asdict(schedule)}
+    identity = {**(identity or {}), "schedule": schedule.identity()}
     if schedule.look_ahead:
         # a step after a checkpoint does not look ahead, so that none of that has to be saved
         identity["checkpoint_every"] = checkpoint_every
     if resume and path is not None and path.exists():
         result = _restore(path, identity, engine)
+    if world.size > 1:
+        # folders differ between machines, and a checkpoint may be on one of them only
+        beginning = digest_of({}, json.dumps([identity, result.steps]))
+        check_equal(beginning, "data, encoder, method and first step", world, engine.device)
     few = torch.from_numpy(groups_by_rank(np.asarray(labelled_counts)) == "few").to(engine.device)
-    window = _Window(result.skipped)
+    window = _Window(result.skipped, engine.device)
     started = time.perf_counter() - result.seconds
     with progress_bar(result.steps, schedule.steps, progress and world.leads) as bar:
         for step in range(result.steps, schedule.steps):
             done = step + 1
             saves = path is not None and (done % checkpoint_every == 0 or done == schedule.steps)
             report = engine.step(step, alone=saves)
-            window.add(report, step)
-            if done % schedule.log_every == 0 or done == schedule.steps:
+            window.add(report)
+            logs = done % schedule.log_every == 0 or done == schedule.steps
+            if logs or saves or done % MOST_SKIPS == 0:
+                result.skipped = window.skipped(step)
+            if logs:
                 record = window.record(engine, step, few)
                 result.history.append(record)
                 acceptance = record.get("pseudo_labels", {}).get("fused", {}).get("acceptance")
@@ -371,12 +455,14 @@ def finetune(
                     loss=f"{record['loss']:.3f}" if record["loss"] is not None else "-", **kept, refresh=False
                 )
                 if world.size > 1:
-                    check_equal(digest_of(engine.tensors()), world)
+                    check_equal(engine.checksum(), "weights and state", world, engine.device)
             bar.update()
-            result.steps, result.skipped = done, window.skipped
-            if saves and world.leads:
-                result.seconds = time.perf_counter() - started
-                _save(path, identity, engine, result)
+            result.steps = done
+            if saves:
+                tensors = engine.whole_tensors()
+                if world.leads:
+                    result.seconds = time.perf_counter() - started
+                    _save(path, tensors, identity, result)
     result.seconds = time.perf_counter() - started
     if engine.mean_weights:
         with torch.no_grad():
@@ -388,23 +474,30 @@ def finetune(
 class _Window:
     """What the steps since the last record said."""
 
-    def __init__(self, skipped: int) -> None:
-        self.skipped, self.in_a_row = skipped, 0
+    def __init__(self, skipped: int, device: torch.device) -> None:
+        # in a row, the longest row, all
+        self.skips = torch.tensor([0, 0, skipped], device=device)
         self.clear()
 
     def clear(self) -> None:
         self.reports: list[StepReport] = []
         self.started = time.perf_counter()
 
-    def add(self, report: StepReport, step: int) -> None:
+    def add(self, report: StepReport) -> None:
+        """Take in a step; nothing waits for the device."""
         self.reports.append(report)
-        self.in_a_row = 0 if bool(report.finite) else self.in_a_row + 1
-        self.skipped += self.in_a_row > 0
-        if self.in_a_row >= MOST_SKIPS:
+        row = torch.where(report.finite, 0, self.skips[0] + 1)
+        self.skips = torch.stack([row, torch.maximum(row, self.skips[1]), self.skips[2] + ~report.finite])
+
+    def skipped(self, step: int) -> int:
+        """All steps that changed nothing. RuntimeError after too many in a row."""
+        _, longest, skipped = self.skips.tolist()
+        if longest >= MOST_SKIPS:
             raise RuntimeError(
-                f"training stopped at step {step + 1}: the gradient was not finite in {MOST_SKIPS} steps in a row;"
+                f"training stopped at step {step + 1}: loss or gradient was not finite in {longest} steps in a row;"
                 " lower the learning rate, or take precision bf16 for fp16"
             )
+        return skipped
 
     def record(self, engine: Engine, step: int, few: Tensor) -> dict[str, Any]:
         schedule, world = engine.schedule, engine.world
@@ -421,7 +514,7 @@ class _Window:
             "images_per_second": batch * len(self.reports) / seconds,
             "rows_encoded": encoded,
             "rows_trained": trained,
-            "skipped": self.skipped,
+            "skipped": self.skipped(step),
         }
         if engine.semi:
             label, keep, truth = (
@@ -438,9 +531,11 @@ class _Window:
         return record
 
 
-def _save(path: Path, identity: Mapping[str, Any], engine: Engine, result: TrainResult) -> None:
+def _save(
+    path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any], result: TrainResult
+) -> None:
     record = {**identity, "steps": result.steps, "seconds": result.seconds, "skipped": result.skipped}
-    save_checkpoint(path, engine.tensors(), {**record, "history": result.history})
+    save_checkpoint(path, tensors, {**record, "history": result.history})
 
 
 def _restore(path: Path, identity: Mapping[str, Any], engine: Engine) -> TrainResult:

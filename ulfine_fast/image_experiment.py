@@ -20,7 +20,7 @@ from ulfine_fast.batches import ImageViews
 from ulfine_fast.checkpoint import digest_of, replacing
 from ulfine_fast.config import PRESETS, Encoder, FineTuning, Images, Schedule
 from ulfine_fast.datasets import dataset_data
-from ulfine_fast.distributed import World, gather_rows
+from ulfine_fast.distributed import World, gather_rows, whole
 from ulfine_fast.experiment import UNITS, curve, surroundings
 from ulfine_fast.features import FeatureData
 from ulfine_fast.finetune import Student, finetune, load_tuned_tensors, tuned_tensors
@@ -288,7 +288,8 @@ def run(
             progress=progress,
         )
     metrics, predictions, readable = evaluate(student, data, pipeline, reader, crops=crops, world=world)
-    return Outcome(student, training, metrics, predictions, readable, digest_of(tuned_tensors(student)))
+    trained = {name: whole(tensor, world).cpu() for name, tensor in tuned_tensors(student).items()}
+    return Outcome(student, training, metrics, predictions, readable, digest_of(trained))
 
 
 def evaluate(

@@ -579,6 +579,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Fill `optimizer` from the tensors of a checkpoint."""
     saved = optimizer.state_dict()
@@ -588,6 +589,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
             _, index, slot = name.split(".")
             saved["state"].setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict(saved)
+    for parameter, slots in optimizer.state.items():
+        for slot, tensor in slots.items():
+            if tensor.shape == parameter.shape:
+                # fused kernels go by memory, whose order a checkpoint does not keep: channels may be last
+                slots[slot] = torch.empty_like(parameter).copy_(tensor)
 
 
 def load_head(head: DualHead, tensors: dict[str, Tensor]) -> None:
