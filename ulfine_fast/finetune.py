@@ -378,6 +378,8 @@ def finetune(
                 result.seconds = time.perf_counter() - started
                 _save(path, identity, engine, result)
     result.seconds = time.perf_counter() - started
+    if path is not None and world.leads and not schedule.steps:
+        _save(path, identity, engine, result)
     if engine.mean_weights:
         with torch.no_grad():
             for name, tensor in engine.mean_weights.items():
