@@ -80,7 +80,7 @@ class Run:
     def reader(self):
         pipeline = build_pipeline(self.schedule.pipeline)
         size = image_experiment._tower(self.encoder, CPU).size
-        return Reader(partial(augment.test_views, pipeline=pipeline, size=size), 0, CPU)
+        return Reader(partial(augment.test_views, pipeline=pipeline, size=size), size, 0, CPU)
 
     def start(self):
         tower = image_experiment._tower(self.encoder, CPU)

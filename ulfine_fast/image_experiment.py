@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ulfine_fast import evaluation, report
-from ulfine_fast.augment import Pipeline, build_pipeline, five_crops, test_views
+from ulfine_fast.augment import Pipeline, build_pipeline, five_crops, sufficient_test_side, test_views
 from ulfine_fast.batches import ImageViews
 from ulfine_fast.checkpoint import CheckpointError, digest_of, replacing
 from ulfine_fast.config import PRESETS, Encoder, FineTuning, Images, Schedule
@@ -101,6 +101,7 @@ class Reader:
     """How whole sets of images are encoded: the view of each, and the work in the background."""
 
     views: Callable[..., Tensor]  # picture -> uint8 [K, 3, S, S]
+    size: int  # S
     workers: int
     device: torch.device
     batch_size: int = 64
@@ -118,6 +119,7 @@ class Reader:
             batch_size=self.batch_size,
             workers=self.workers,
             device=self.device,
+            at_least=sufficient_test_side(self.size),
             on_unreadable=lambda _: None,
             progress=self.progress,
         )
@@ -272,7 +274,7 @@ def run(
     pipeline = build_pipeline(schedule.pipeline)
     tower = _tower(encoder, place)
     plain = partial(test_views, pipeline=pipeline, size=tower.size)
-    reader = Reader(plain, workers, place, progress=progress and world.leads)
+    reader = Reader(plain, tower.size, workers, place, progress=progress and world.leads)
     student = build_student(tower, data, encoder, method, schedule, reader)
     loader = ViewLoader(
         data.train,
@@ -440,7 +442,7 @@ def evaluate_run(
     steps, student, data = _load_run(run_dir, configuration, place)
     pipeline = build_pipeline(configuration["schedule"]["pipeline"])
     views = partial(test_views, pipeline=pipeline, size=student.tower.size)
-    reader = Reader(views, default_workers(), place)
+    reader = Reader(views, student.tower.size, default_workers(), place)
     crops = crops or configuration["crops"]
     return steps, evaluate(student, data, pipeline, reader, crops=crops, world=World())[0]
 
