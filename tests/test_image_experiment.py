@@ -347,7 +347,7 @@ def test_a_run_is_evaluated_with_its_encoder_and_its_data_only(images, folder, t
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "asked"), [("cifar10", None, 300), ("cifar10", 7, 7), ("stl10", None, None)]
+    ("name", "given", "asked"), [("cifar10", None, 200), ("cifar10", 7, 7), ("stl10", None, None)]
 )
 def test_unlabelled_images_are_twice_the_labelled_ones_unless_they_come_along(
     monkeypatch, name, given, asked

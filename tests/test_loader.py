@@ -486,7 +486,7 @@ def test_evaluation_shows_its_progress_on_a_terminal(capsys, monkeypatch) -> Non
     assert shown(True) == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr("ulfine_fast.loader.tqdm", partial(tqdm, mininterval=0))
-    assert "testing: 100%" in shown(True)
+    assert "encoding: 100%" in shown(True)
     assert shown(False) == ""
 
 

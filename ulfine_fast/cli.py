@@ -47,13 +47,14 @@ class _Commands(TyperGroup):
                     error.message += f", got {problem['input']}"
             raise
         except KeyboardInterrupt:
-            _say("stopped by Ctrl-C" + _how_to_resume(ctx))
+            again = "; nothing was half written, run the same command again"
+            _say("stopped by Ctrl-C" + (_how_to_resume(ctx) or again))
         except FAILURES as error:
             if ctx.params.get("traceback"):
                 raise
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             # a full disk, say: what was written before is whole
-            how_on = _how_to_resume(ctx) if isinstance(error, OSError) and "run_dir" in ctx.meta else ""
+            how_on = _how_to_resume(ctx) if isinstance(error, OSError) else ""
             _say("error: " + "\n".join(lines[: 1 if how_on else 2]) + how_on)
         raise typer.Exit(1)
 
@@ -73,9 +74,10 @@ def _say(text: str) -> None:
 
 
 def _how_to_resume(ctx: Any) -> str:
+    """How to go on from the checkpoint; empty where there is none."""
     run_dir = ctx.meta.get("run_dir")
     if run_dir is None or not (run_dir / CHECKPOINT).exists():
-        return "; nothing was half written, run the same command again"
+        return ""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "; continue from the last checkpoint with the same torchrun command and --resume"
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
@@ -806,7 +808,13 @@ def finetune(
     if getattr(chosen, "eta_folds", 0):
         eta = image_experiment.chosen_eta(outcome.student)
         console.print(f"eta {eta:g}, chosen on {chosen.eta_folds} folds of the labelled images")
-    _print_metrics(console, outcome.metrics, f"{method}, {outcome.training.seconds:.1f} s of training")
+    cost = f"{outcome.training.seconds:.1f} s of training"
+    if outcome.training.history:
+        cost += f", {outcome.training.history[-1]['images_per_second']:,.0f} images/s"
+    if chosen_device == "cuda":
+        cost += f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of device memory"
+    console.print(f"Cost: {cost}")
+    _print_metrics(console, outcome.metrics, f"{method} after {outcome.training.steps} steps")
     if data.report.summary():
         console.print(f"Reading: {data.report.summary()}")
     console.print(

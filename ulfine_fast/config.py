@@ -228,7 +228,7 @@ class Images:
 
     dataset: str | None = None  # a name of `images.DATASETS`
     protocol: str = "acr"
-    labelled_largest: int = 150
+    labelled_largest: int = 100
     unlabelled_largest: int | None = None  # None: twice the labelled ones, or what the data set brings
     imbalance: float = 100.0
     unlabelled_imbalance: float | None = None

@@ -293,7 +293,7 @@ def evaluation_batches(
 
     bar = tqdm(
         total=len(source),
-        desc="testing",
+        desc="encoding",
         unit=" images",
         disable=None if progress else True,
         file=sys.stderr,
