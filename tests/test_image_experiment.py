@@ -294,6 +294,14 @@ def test_unknown_classes_are_not_counted(images, folder, clip, tmp_path, known):
     assert (tmp_path / "pseudo_labels.png").exists()
 
 
+def test_one_unknown_class_leaves_no_counts(images, folder):
+    data = load_images(replace(images, unlabelled=f"{folder}/known"))
+    truth = data.unlabelled_truth.copy()
+    truth[0] = -1
+    rows = image_experiment.class_rows(replace(data, unlabelled_truth=truth))
+    assert [row.unlabelled for row in rows] == [None] * 3
+
+
 @pytest.mark.parametrize("preset", ["ulfine", "daso"])
 def test_without_unlabelled_images_the_labelled_ones_train_alone(images, clip, tmp_path, preset):
     outcome, _ = Run(replace(images, unlabelled=None), Encoder(model=clip), preset).report(tmp_path)
