@@ -8,7 +8,16 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from ulfine_fast import augment
-from ulfine_fast.augment import PIPELINES, build_pipeline, epoch_progress, five_crops, smallest_area, view
+from ulfine_fast.augment import (
+    PIPELINES,
+    build_pipeline,
+    epoch_progress,
+    five_crops,
+    smallest_area,
+    sufficient_side,
+    sufficient_test_side,
+    view,
+)
 from ulfine_fast.randaugment import CUTOUT_GREY
 
 KINDS = ("labelled", "weak", "strong")
@@ -255,6 +264,60 @@ def test_a_fully_grown_crop_is_the_whole_square() -> None:
     picture = photograph(64, 64)
     got = draw(picture, "lift_plus", "weak", size=32, progress=1.0)
     assert torch.equal(got, pixels(picture.resize((32, 32), Image.Resampling.BICUBIC)))
+
+
+@pytest.fixture
+def enlarged(monkeypatch) -> list[float]:
+    """How many pixels of a view each resized pixel gave, by side."""
+    factors = []
+    resize = Image.Image.resize
+
+    def record(image, size, resample=None, box=None):
+        left, top, right, bottom = box or (0, 0, *image.size)
+        factors.extend((size[0] / (right - left), size[1] / (bottom - top)))
+        return resize(image, size, resample, box)
+
+    monkeypatch.setattr(Image.Image, "resize", record)
+    return factors
+
+
+class Smallest:
+    """A generator whose draws make the smallest and narrowest crop."""
+
+    def uniform(self, low: float, _high: float) -> float:
+        return low
+
+    def integers(self, low: int, _high: int) -> int:
+        return low
+
+    def random(self) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("progress", [0.0, 0.5, 0.99])
+def test_no_view_of_a_picture_with_the_sufficient_side_is_enlarged(name, progress, enlarged) -> None:
+    side = sufficient_side(PIPELINES[name], 32, progress)
+    for width, height in ((side, side), (side, 3 * side), (2 * side, side)):
+        picture = photograph(width, height)
+        enlarged.clear()
+        for kind in ("labelled", "weak"):
+            view(picture, PIPELINES[name], kind, Smallest(), size=32, progress=progress)
+        assert max(enlarged) <= 1
+        # nor is it larger than needed, but for the aspect ratio of crops
+        assert max(enlarged) > 0.8 or (width, height) != (side, side)
+
+
+@pytest.mark.parametrize("size", [32, 224, 336])
+def test_no_test_view_of_a_picture_with_the_sufficient_side_is_enlarged(size, enlarged) -> None:
+    side = sufficient_test_side(size)
+    picture = photograph(side, side + 9)
+    enlarged.clear()
+    for pipeline in PIPELINES.values():
+        augment.test_views(picture, pipeline, size)
+    for patch in (14, 16):
+        five_crops(picture, size, patch)
+    assert 0.9 < max(enlarged) <= 1
 
 
 def test_progress_of_epochs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,11 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from photos import photos
+from processes import run_together
 from synthetic import small_data
+from tiny_clip import tiny_clip
 from typer.testing import CliRunner
 
 import ulfine_fast
 from ulfine_fast import _native, backend, demo, experiment
+from ulfine_fast.checkpoint import load_checkpoint
 from ulfine_fast.cli import app
 from ulfine_fast.config import METHODS, Schedule
 from ulfine_fast.fastest import FASTEST
@@ -373,7 +378,7 @@ def test_info_counts_the_cache(tmp_path, monkeypatch):
 
 
 def test_every_option_is_explained():
-    for command in ("demo", "train", "evaluate", "info"):
+    for command in ("demo", "train", "finetune", "evaluate", "export", "info"):
         text = call(command, "--help").output
         assert "Example" in text
     assert "[default: 0.01]" in " ".join(call("train", "--help").output.replace("│", " ").split())
@@ -430,3 +435,282 @@ def test_capture_needs_a_device_and_says_so_before_the_first_step(monkeypatch):
     monkeypatch.setattr("ulfine_fast.trainer.Batches.__call__", lambda *a: pytest.fail("too late"))
     result = call("train", *QUICK, "--capture", "--device", "cpu", "--out", "runs/captured", code=1)
     assert "head must be on a CUDA device, got cpu" in result.output
+
+
+TINY = (
+    "--steps",
+    "6",
+    "--labelled-batch",
+    "4",
+    "--unlabelled-batch",
+    "8",
+    "--log-every",
+    "2",
+    "--workers",
+    "0",
+)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Arguments of `finetune` for folders of photographs and a small CLIP; the working folder holds both."""
+    photos(tmp_path)
+    tiny_clip(tmp_path / "clip")
+    return [
+        "--labelled",
+        "labelled",
+        "--unlabelled",
+        "unlabelled",
+        "--test",
+        "test",
+        "--model",
+        "clip",
+        *TINY,
+    ]
+
+
+def test_finetune_writes_everything_and_says_what_it_did(tmp_path, pictures):
+    result = call("finetune", *pictures, "--out", "runs/a")
+    run = tmp_path / "runs/a"
+    assert {path.name for path in run.iterdir()} == PICTURES | {
+        "checkpoint.safetensors",
+        "config.json",
+        "metrics.json",
+        "predictions.csv",
+    }
+    metrics = strict(run / "metrics.json")
+    assert [record["step"] for record in metrics["history"]] == [2, 4, 6]
+    said = " ".join(result.output.split())
+    assert f"Weights {metrics['digest']}" in said
+    # one among the labelled, one among the unlabelled, two among the test images
+    assert "unreadable images: 4 not an image in JPEG" in said
+    assert "│ all │ 17 │ 19 │" in said
+    assert f", {metrics['history'][-1]['images_per_second']:,.0f} images/s" in said
+    with (run / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["truth"] == row["ulfine_prediction"] for row in rows)
+    assert right / len(rows) == pytest.approx(metrics["metrics"]["fused"]["overall"])
+    assert rows[0]["image"] == "test/red_fox/0.png"
+
+    call("evaluate", "runs/a")
+    assert strict(run / "evaluation.json")["metrics"] == metrics["metrics"]
+    call("export", "runs/a", "head.safetensors")
+    assert (tmp_path / "head.safetensors").stat().st_size > 0
+
+
+def test_finetune_says_which_eta_it_chose(tmp_path, pictures):
+    result = call("finetune", *pictures, "--method", "ulfine_plus", "--out", "runs/a")
+    eta = strict(tmp_path / "runs/a/metrics.json")["eta"]
+    assert f"eta {eta:g}, chosen on 3 folds of the labelled images" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected one of a data set, folders and a table, got none"),
+        (["--dataset", "cifar10", "--labelled", "a", "--test", "b"], "got a data set and folders"),
+        (["--labelled", "labelled"], "folders need labelled and test images, got no test folder"),
+        (["--table", "t.csv", "--test", "test"], "folders need labelled and test images, got no labelled"),
+        (["--labelled", "a", "--test", "b", "--root", "c"], "root must be None without a table, got 'c'"),
+        (
+            ["--table", "t.csv", "--imbalance", "3"],
+            "imbalance must be 100.0 without a data set to split, got 3.0",
+        ),
+        (["--dataset", "imagenet"], "expected one of fashion-mnist-subset, "),
+        (["--dataset", "cifar10", "--tuning", "prompts"], "expected one of linear_probe, full, "),
+        (["--dataset", "cifar10", "--pipeline", "none"], "expected one of lift, lift_plus, "),
+        (["--dataset", "cifar10", "--method", "mixmatch"], "expected one of zero_shot, "),
+        (["--dataset", "cifar10", "--set", "nu=1"], "expected one of eta, "),
+        (["--dataset", "cifar10", "--set", "views=two"], "--set views: expected int, got 'two'"),
+        (["--dataset", "cifar10", "--ema", "1"], "ema must be in [0, 1), got 1.0"),
+        (["--dataset", "cifar10", "--resume", "--overwrite"], "expected --resume or --overwrite, got both"),
+    ],
+)
+def test_wrong_usage_of_finetune_is_2(tmp_path, words, message):
+    result = call("finetune", *words, code=2)
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--labelled", "nowhere"], "labelled must be a readable folder, got nowhere: No such file"),
+        (["--test", "empty"], "test must have class folders with images, got none in empty"),
+        (["--unlabelled", "empty"], "unlabelled must have images, got none in empty"),
+        (
+            ["--labelled", "broken"],
+            "labelled images must be readable, at least one of them, got 2 unreadable",
+        ),
+        (["--model", "ViT-Z"], "model must be lite0, lite2, timm:NAME, a folder"),
+        (["--model", "ViT-B-32", "--pretrained", "mine"], "pretrained must be one of openai, "),
+        (["--size", "33"], "size must be a multiple of the patch, 8, got 33"),
+        (["--template", "a photo"], "templates must be texts with one {} for the name, got ('a photo',)"),
+        (["--blocks", "9"], "blocks must be in 1..3 for adaptformer, got 9"),
+        (["--parts", "3"], "labelled_batch must be a multiple of processes x parts, 1 x 3, got 4"),
+        (["--method", "zero_shot"], "steps must be 0 for a method that is not trained, got 6"),
+    ],
+)
+def test_what_cannot_be_finetuned_leaves_no_folder(tmp_path, pictures, words, message):
+    (tmp_path / "empty").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        (tmp_path / "broken" / name / "0.jpg").write_bytes(b"no picture")
+    result = call("finetune", *pictures, *words, "--out", "runs/a", code=1)
+    errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0] == result.output.splitlines()[-1]
+    assert message in errors[0]
+    assert not (tmp_path / "runs/a").exists()
+
+
+def test_weights_that_cannot_be_downloaded_can_be_named(pictures, monkeypatch):
+    def unreachable(weights):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("open_clip.download_pretrained", unreachable)
+    words = ("--model", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k", "--out", "runs/a")
+    result = call("finetune", *pictures, *words, code=1)
+    last = result.output.splitlines()[-1]
+    assert "expected to download ViT-B-32 laion2b_s34b_b79k, got: no route to host" in last
+    assert last.endswith("without a network, name a checkpoint file as pretrained, or a folder as model")
+
+
+def test_a_failed_finetune_keeps_the_run_that_it_was_to_replace(tmp_path, pictures):
+    call("finetune", *pictures, "--out", "runs/a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()}
+    result = call("finetune", *pictures, "--seed", "1", "--out", "runs/a", code=1)
+    assert "runs/a holds another run: images.seed: expected 0, got 1" in result.output
+    call("finetune", *pictures, "--model", "ViT-Z", "--overwrite", "--out", "runs/a", code=1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()} == before
+    call("finetune", *pictures, "--seed", "1", "--overwrite", "--out", "runs/a")
+    assert strict(tmp_path / "runs/a/config.json")["images"]["seed"] == 1
+
+
+def test_an_interrupted_finetune_says_how_to_go_on(tmp_path, pictures, monkeypatch):
+    from ulfine_fast.batches import ImageViews
+
+    call("finetune", *pictures, "--out", "runs/whole")
+    weak = ImageViews.weak
+    words = ["finetune", *pictures, "--checkpoint-every", "2", "--out", "runs/cut"]
+
+    def interrupt_at(last):
+        def interrupt(self, step, slots):
+            if step == last:
+                raise KeyboardInterrupt
+            return weak(self, step, slots)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageViews, "weak", interrupt)
+            patch.setattr(sys, "argv", ["ulfine-fast", *words])
+            return call(*words, code=1).output.splitlines()
+
+    assert interrupt_at(1)[-1] == "stopped by Ctrl-C; nothing was half written, run the same command again"
+    *_, stopped, command = interrupt_at(5)
+    assert stopped == "stopped by Ctrl-C; continue from the last checkpoint with:"
+    assert command == f"  ulfine-fast {' '.join(words)} --resume"
+    call(*words, "--resume")
+    whole, cut = (strict(tmp_path / f"runs/{name}/metrics.json") for name in ("whole", "cut"))
+    assert cut["digest"] == whole["digest"]
+    assert cut["metrics"] == whole["metrics"]
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path, pictures):
+    call("finetune", *pictures, "--out", "runs/a")
+    checkpoint = tmp_path / "runs/a/checkpoint.safetensors"
+    content = bytearray(checkpoint.read_bytes())
+    content[-1] ^= 1
+    checkpoint.write_bytes(content)
+    for words in (["finetune", *pictures, "--out", "runs/a", "--resume"], ["evaluate", "runs/a"]):
+        result = call(*words, code=1)
+        assert "checkpoint.safetensors: damaged checkpoint" in result.output.splitlines()[-1]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, pictures, monkeypatch):
+    from safetensors import torch as files
+
+    call("finetune", *pictures, "--out", "runs/whole")
+    save, saved = files.save, []
+
+    def full(tensors, metadata):
+        saved.append(metadata)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        return save(tensors, metadata)
+
+    words = ["finetune", *pictures, "--checkpoint-every", "2", "--out", "runs/a"]
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save", full)
+        result = call(*words, code=1)
+    assert "No space left on device; continue from the last checkpoint with:" in result.output
+    assert sorted(path.name for path in (tmp_path / "runs/a").iterdir()) == [
+        "checkpoint.safetensors",
+        "config.json",
+    ]
+    call(*words, "--resume")
+    digests = {strict(tmp_path / f"runs/{name}/metrics.json")["digest"] for name in ("whole", "a")}
+    assert len(digests) == 1
+
+
+KILLED = """
+import os, signal, sys
+from ulfine_fast.batches import ImageViews
+from ulfine_fast.cli import main
+
+weak = ImageViews.weak
+
+
+def kill(self, step, slots):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return weak(self, step, slots)
+
+
+ImageViews.weak = kill
+sys.argv = ["ulfine-fast", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, pictures):
+    call("finetune", *pictures, "--out", "runs/whole")
+    words = ["finetune", *pictures, "--threads", "1", "--checkpoint-every", "2", "--out", "runs/cut"]
+    killed = subprocess.run(
+        [sys.executable, "-P", "-c", KILLED, *words], capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert load_checkpoint(tmp_path / "runs/cut/checkpoint.safetensors")[1]["steps"] == 4
+    call(*words, "--resume")
+    whole, cut = (strict(tmp_path / f"runs/{name}/metrics.json") for name in ("whole", "cut"))
+    assert cut["digest"] == whole["digest"]
+    assert cut["metrics"] == whole["metrics"]
+
+
+TOGETHER = """
+import sys
+from ulfine_fast.cli import main
+
+sys.argv = ["ulfine-fast", *sys.argv[1:]]
+main()
+"""
+
+
+def test_two_processes_train_as_one(tmp_path, pictures):
+    call("finetune", *pictures, "--ema", "0.5", "--out", "runs/one")
+    words = ["finetune", *pictures, "--ema", "0.5", "--threads", "1", "--out", "runs/two"]
+    ended = run_together(TOGETHER, 2, *words, folder=tmp_path)
+    assert [process.code for process in ended] == [0, 0], ended
+    # the first process alone prints and writes
+    assert "Weights" in ended[0].out
+    assert ended[1].out == ""
+    one, two = (strict(tmp_path / f"runs/{name}/metrics.json") for name in ("one", "two"))
+    assert two["metrics"]["fused"]["overall"] == one["metrics"]["fused"]["overall"]
+    assert two["metrics"]["fused"]["per_class"] == one["metrics"]["fused"]["per_class"]
+    first, second = (
+        load_checkpoint(tmp_path / f"runs/{name}/checkpoint.safetensors")[0] for name in ("one", "two")
+    )
+    assert set(first) == set(second)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5)
+    call("evaluate", "runs/two")
+    assert strict(tmp_path / "runs/two/evaluation.json")["metrics"] == two["metrics"]

@@ -12,8 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ulfine_fast import augment
-from ulfine_fast.augment import PIPELINES, view
-from ulfine_fast.images import UnreadableImage
+from ulfine_fast.augment import PIPELINES, sufficient_side, view
+from ulfine_fast.images import ImageFiles, UnreadableImage
 from ulfine_fast.loader import ViewLoader, Workers, ahead, default_workers, evaluation_batches
 
 PIPELINE = PIPELINES["finessl"]
@@ -30,6 +30,7 @@ class Source:
         self.broken = set(broken)
         self.images = images
         self.reads = []
+        self.sides = []
 
     def __len__(self) -> int:
         return self.images
@@ -37,8 +38,9 @@ class Source:
     def name(self, index) -> str:
         return f"images/{index}.jpg"
 
-    def read(self, index) -> Image.Image:
+    def read(self, index, at_least=None) -> Image.Image:
         self.reads.append(index)
+        self.sides.append(at_least)
         if index in self.unreadable:
             raise UnreadableImage(self.name(index), "truncated")
         if index in self.broken:
@@ -324,7 +326,7 @@ def test_workers_do_the_earliest_step_first() -> None:
 def test_a_loader_serves_the_earliest_step_first() -> None:
     gate, source = Gate(), Source()
     read = source.read
-    source.read = lambda index: (index == 1 and gate(), read(index))[1]
+    source.read = lambda index, _at_least: (index == 1 and gate(), read(index))[1]
     with loader(source, workers=1) as views:
         blocking = views.submit("weak", np.array([1]), step=9)
         assert gate.begun.wait(10)
@@ -387,7 +389,7 @@ def interrupted_once() -> Iterator[None]:
 def test_an_interrupt_while_waiting_ends_the_threads() -> None:
     before, left, source = threading.active_count(), threading.Event(), Source()
 
-    def read(_index) -> Image.Image:
+    def read(_index, _at_least) -> Image.Image:
         # again and again: a signal that comes just before the main thread begins to wait does not wake it
         while not left.wait(0.01):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -409,7 +411,7 @@ def test_an_interrupt_while_waiting_ends_the_threads() -> None:
 
 def test_results_after_close_say_so() -> None:
     gate, source = Gate(), Source()
-    source.read = lambda index: gate() and Image.new("RGB", (8, 8))
+    source.read = lambda _index, _at_least: gate() and Image.new("RGB", (8, 8))
     views = loader(source, workers=1)
     pending = views.submit("weak", UNLABELLED, step=0)
     assert gate.begun.wait(10)
@@ -484,8 +486,55 @@ def test_evaluation_shows_its_progress_on_a_terminal(capsys, monkeypatch) -> Non
     assert shown(True) == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr("ulfine_fast.loader.tqdm", partial(tqdm, mininterval=0))
-    assert "testing: 100%" in shown(True)
+    assert "encoding: 100%" in shown(True)
     assert shown(False) == ""
+
+
+@pytest.fixture
+def photographs(tmp_path) -> ImageFiles:
+    """Two JPEG files, the first ten times the size that its views need."""
+    paths = [tmp_path / "large.jpg", tmp_path / "small.jpg"]
+    for path, side in zip(paths, (180, 20), strict=True):
+        noise = np.random.RandomState(side).randint(0, 256, (9, 9, 3)).astype(np.uint8)
+        Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).save(path)
+    return ImageFiles(paths)
+
+
+@pytest.mark.parametrize("held_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("kind", ["labelled", "weak", "strong"])
+def test_large_photographs_are_decoded_at_the_size_that_suffices(photographs, kind, held_bytes) -> None:
+    rows = np.array([0, 1])
+    options = {"labelled": rows, "unlabelled": rows, "held_bytes": held_bytes}
+    with loader(photographs, **options) as views:
+        if kind == "strong":
+            views.submit("weak", rows, step=4).result()
+        got = views.submit(kind, rows, step=4).result().images
+    side = sufficient_side(PIPELINE, SIZE, 0.0)
+    pictures = [photographs.read(row, side) for row in rows]
+    assert [picture.size for picture in pictures] == [(23, 23), (20, 20)]
+    role = ["labelled", "weak", "strong"].index(kind)
+    for slot, picture in enumerate(pictures):
+        random = np.random.default_rng((3, role, 4, slot))
+        assert torch.equal(got[slot], view(picture, PIPELINE, kind, random, size=SIZE))
+
+
+def test_the_side_that_suffices_falls_as_crops_grow() -> None:
+    source, pipeline = Source(), PIPELINES["lift_plus"]
+    with ViewLoader(
+        source, pipeline, labelled=LABELLED, unlabelled=UNLABELLED, size=SIZE, seed=3, workers=0
+    ) as views:
+        for step, progress in enumerate((0.0, 0.5, 1.0)):
+            views.submit("weak", np.array([3]), step=step, progress=progress).result()
+    assert source.sides == [sufficient_side(pipeline, SIZE, progress) for progress in (0.0, 0.5, 1.0)]
+    assert source.sides == sorted(source.sides, reverse=True)
+
+
+def test_evaluation_reads_at_the_size_that_it_is_told() -> None:
+    views = partial(augment.test_views, pipeline=PIPELINE, size=SIZE)
+    for at_least in (None, 18):
+        source = Source(images=3)
+        list(evaluation_batches(source, views, batch_size=2, workers=0, at_least=at_least))
+        assert source.sides == [at_least] * 3
 
 
 def test_evaluation_errors() -> None:

@@ -126,6 +126,33 @@ def test_split_table_has_totals():
     assert "2,505" in text
 
 
+def test_the_table_of_many_classes_shows_both_ends():
+    rows = [ClassRow(f"class {k}", 100 - k, None, "few") for k in range(50)]
+    text = printed(report.split_report(rows, "Split", 1234))
+    for shown in ("class 0 ", "class 14 ", "(20 more)", "class 35 ", "class 49 "):
+        assert shown in text
+    assert "class 15 " not in text
+    assert "class 34 " not in text
+    assert "1,234" in text
+    last = next(line for line in text.splitlines() if "class 49 " in line)
+    assert [cell.strip() for cell in last.strip("│").split("│")] == ["class 49", "51", "-", "few"]
+
+
+def test_pictures_leave_out_what_is_not_known(tmp_path):
+    records = [{"step": step, "precision": None, "precision_few": None, "acceptance": 0.5} for step in (1, 2)]
+    known = [{**record, "precision": 0.5, "precision_few": 0.5} for record in records]
+    report.save_pseudo_labels(tmp_path / "unknown.png", {"ulfine": records})
+    report.save_pseudo_labels(tmp_path / "known.png", {"ulfine": known})
+    widths = {}
+    for name in ("unknown", "known"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            widths[name] = picture.width
+    # one panel in the place of three
+    assert widths["unknown"] < widths["known"] / 2
+    report.save_class_counts(tmp_path / "counts.png", NAMES, [100, 30, 1], None)
+    assert (tmp_path / "counts.png").exists()
+
+
 def test_accuracy_table_shows_mean_and_deviation():
     cell = {"mean": 0.5, "std": 0.1}
     row = dict.fromkeys(("overall", "many", "medium"), cell)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from ulfine_fast.checkpoint import CHECKPOINT
 from ulfine_fast.config import METHODS, PRESETS, Data, Encoder, FineTuning, Images, Method, Schedule
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "reference", "cpp"]
 DATA, SCHEDULE = Data(), Schedule()
 IMAGES, TUNING = Images(dataset=""), FineTuning()
-PANEL_DATA, PANEL_TRAINING, PANEL_ENCODER = "Data", "Training", "Encoder"
+PANEL_DATA, PANEL_ENCODER, PANEL_TRAINING, PANEL_RUN = "Data", "Encoder", "Training", "Run"
 
 
 class _Commands(TyperGroup):
@@ -46,13 +47,14 @@ class _Commands(TyperGroup):
                     error.message += f", got {problem['input']}"
             raise
         except KeyboardInterrupt:
-            _say("stopped by Ctrl-C" + _how_to_resume(ctx))
+            again = "; nothing was half written, run the same command again"
+            _say("stopped by Ctrl-C" + (_how_to_resume(ctx) or again))
         except FAILURES as error:
             if ctx.params.get("traceback"):
                 raise
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             # a full disk, say: what was written before is whole
-            how_on = _how_to_resume(ctx) if isinstance(error, OSError) and "run_dir" in ctx.meta else ""
+            how_on = _how_to_resume(ctx) if isinstance(error, OSError) else ""
             _say("error: " + "\n".join(lines[: 1 if how_on else 2]) + how_on)
         raise typer.Exit(1)
 
@@ -63,7 +65,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Long-tailed semi-supervised fine-tuning of vision-language models on cached features.",
+    help="Long-tailed semi-supervised fine-tuning of vision-language models,\non images (finetune) or on cached features (train).",
 )
 
 
@@ -72,9 +74,12 @@ def _say(text: str) -> None:
 
 
 def _how_to_resume(ctx: Any) -> str:
+    """How to go on from the checkpoint; empty where there is none."""
     run_dir = ctx.meta.get("run_dir")
-    if run_dir is None:
-        return "; nothing was half written, run the same command again"
+    if run_dir is None or not (run_dir / CHECKPOINT).exists():
+        return ""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "; continue from the last checkpoint with the same torchrun command and --resume"
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
     command = shlex.join(["ulfine-fast", *words, "--resume"])
     return f"; continue from the last checkpoint with:\n  {command}"
@@ -100,9 +105,8 @@ def _options(
     pass
 
 
-Threads = Annotated[
-    int, typer.Option(min=0, help="CPU threads; 0 takes torch's choice (results may differ in the last bit).")
-]
+THREADS_HELP = "CPU threads; 0 takes torch's choice (results may differ in the last bit)."
+Threads = Annotated[int, typer.Option(min=0, help=THREADS_HELP)]
 
 
 def _settings(config: Any) -> list[str]:
@@ -130,6 +134,33 @@ def _known_dataset(name: str) -> str:
 
     if name not in DATASETS:
         raise typer.BadParameter(f"expected one of {', '.join(DATASETS)}, got {name!r}")
+    return name
+
+
+def _known_images(name: str | None) -> str | None:
+    if name is not None:
+        from ulfine_fast.datasets import IMAGE_DATASETS
+
+        if name not in IMAGE_DATASETS:
+            raise typer.BadParameter(f"expected one of {', '.join(IMAGE_DATASETS)}, got {name!r}")
+    return name
+
+
+def _known_tuning(name: str | None) -> str | None:
+    if name is not None:
+        from ulfine_fast.tuning import TUNINGS
+
+        if name not in TUNINGS:
+            raise typer.BadParameter(f"expected one of {', '.join(TUNINGS)}, got {name!r}")
+    return name
+
+
+def _known_pipeline(name: str | None) -> str | None:
+    if name is not None:
+        from ulfine_fast.augment import PIPELINES
+
+        if name not in PIPELINES:
+            raise typer.BadParameter(f"expected one of {', '.join(PIPELINES)}, got {name!r}")
     return name
 
 
@@ -330,9 +361,8 @@ def train(
         )
     )
     console.print(f"Training {method}: {chosen.summary}; {steps if chosen.trained else 0} steps")
-    run_folder.claim(run_dir, configuration, resume=resume)
     ctx.meta["run_dir"] = run_dir
-    with use_backend(backend):
+    with use_backend(backend), run_folder.claim(run_dir, configuration, resume=resume):
         outcome = experiment.run(
             features,
             chosen,
@@ -353,8 +383,8 @@ def train(
 @app.command(
     epilog="Examples:\n\n"
     "[bold]ulfine-fast finetune --dataset fashion-mnist-subset --size 96 --steps 150[/bold]\n\n"
-    "[bold]ulfine-fast finetune --labelled cats --unlabelled more --test held-out --model ViT-B-16-quickgelu"
-    " --pretrained openai --precision bf16[/bold]\n\n"
+    "[bold]ulfine-fast finetune --labelled photos/labelled --unlabelled photos/unlabelled --test photos/test"
+    " --model ViT-B-16-quickgelu --pretrained openai --precision bf16[/bold]\n\n"
     "[bold]torchrun --nproc-per-node 8 -m ulfine_fast finetune --table images.csv --model ViT-L-14"
     " --pretrained weights.safetensors[/bold]",
 )
@@ -374,8 +404,10 @@ def finetune(
     dataset: Annotated[
         str | None,
         typer.Option(
+            callback=_known_images,
             metavar="NAME",
-            help="Data set to draw a long-tailed split of; an unknown name lists the known ones.",
+            help="Draw a long-tailed split of fashion-mnist-subset, fashion-mnist, cifar10, cifar100, svhn, stl10 or"
+            " food101.",
             rich_help_panel=PANEL_DATA,
         ),
     ] = None,
@@ -431,8 +463,14 @@ def finetune(
         int, typer.Option(min=1, help="Labelled images of the largest class.", rich_help_panel=PANEL_DATA)
     ] = IMAGES.labelled_largest,
     unlabelled_largest: Annotated[
-        int, typer.Option(min=0, help="Unlabelled images of the largest class.", rich_help_panel=PANEL_DATA)
-    ] = IMAGES.unlabelled_largest,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Unlabelled images of the largest class.",
+            show_default="twice the labelled ones",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
     imbalance: Annotated[
         float, typer.Option(min=1, help="Largest class / smallest class.", rich_help_panel=PANEL_DATA)
     ] = IMAGES.imbalance,
@@ -502,6 +540,7 @@ def finetune(
     tuning: Annotated[
         str | None,
         typer.Option(
+            callback=_known_tuning,
             metavar="NAME",
             help="What of the encoder is trained: linear_probe (nothing), full, partial, adaptformer, adapter, lora,"
             " lora_mlp, ssf, bitfit, ln_tune, vpt_shallow, vpt_deep.",
@@ -530,6 +569,7 @@ def finetune(
     pipeline: Annotated[
         str | None,
         typer.Option(
+            callback=_known_pipeline,
             metavar="NAME",
             help="Augmentation: lift, lift_plus, finessl, loft, small (32 px).",
             show_default="the method's",
@@ -539,7 +579,10 @@ def finetune(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Training steps.", show_default=str(TUNING.steps), rich_help_panel=PANEL_TRAINING
+            min=0,
+            help="Training steps.",
+            show_default=f"{TUNING.steps}, 0 for zero_shot",
+            rich_help_panel=PANEL_TRAINING,
         ),
     ] = None,
     labelled_batch: Annotated[
@@ -556,7 +599,7 @@ def finetune(
         typer.Option(
             min=0,
             help="Unlabelled images per step, of all processes.",
-            show_default=str(TUNING.unlabelled_batch),
+            show_default=f"{TUNING.unlabelled_batch}, 32 for finessl",
             rich_help_panel=PANEL_TRAINING,
         ),
     ] = None,
@@ -616,29 +659,48 @@ def finetune(
     ] = TUNING.log_every,
     crops: Annotated[
         Literal["single", "five"] | None,
-        typer.Option(help="Views of a test image.", show_default="the method's"),
+        typer.Option(help="Views of a test image.", show_default="the method's", rich_help_panel=PANEL_RUN),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the training.")] = TUNING.seed,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the split and of the training.", rich_help_panel=PANEL_RUN)
+    ] = TUNING.seed,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Threads that read images.", show_default="one for each processor, at most 16"
+            min=0,
+            help="Threads that read images.",
+            show_default="one for each processor, at most 16",
+            rich_help_panel=PANEL_RUN,
         ),
     ] = None,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 500,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Steps between two checkpoints.", rich_help_panel=PANEL_RUN)
+    ] = 500,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD-finetuned")
+        Path | None,
+        typer.Option(help="Run folder.", show_default="runs/METHOD-finetuned", rich_help_panel=PANEL_RUN),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the run folder.")
+        bool,
+        typer.Option(
+            "--resume", help="Continue from the checkpoint in the run folder.", rich_help_panel=PANEL_RUN
+        ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a run folder of another configuration.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace a run folder of another configuration.", rich_help_panel=PANEL_RUN
+        ),
     ] = False,
-    device: Annotated[Device, typer.Option(help="auto takes CUDA if there is a device.")] = "auto",
-    threads: Threads = 0,
+    device: Annotated[
+        Device, typer.Option(help="auto takes CUDA if there is a device.", rich_help_panel=PANEL_RUN)
+    ] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help=THREADS_HELP, rich_help_panel=PANEL_RUN)] = 0,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Let torch use deterministic algorithms only.")
+        bool,
+        typer.Option(
+            "--deterministic", help="Let torch use deterministic algorithms only.", rich_help_panel=PANEL_RUN
+        ),
     ] = False,
 ) -> None:
     """Fine-tune an encoder with its head on images; write checkpoint, metrics, predictions and pictures.
@@ -727,16 +789,15 @@ def finetune(
             run_folder.check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
         console = _console(quiet=not here.leads)
         data = image_experiment.load_images(images)
-        console.print(report.split_report(image_experiment.class_rows(data), "Training images"))
+        rows = image_experiment.class_rows(data)
+        console.print(report.split_report(rows, "Training images", len(data.unlabelled)))
         for note in data.notes:
             console.print(f"Note: {note}")
         console.print(
             f"Fine-tuning {method}: {preset.summary}; {model}, {schedule.tuning}, {schedule.steps} steps on"
             f" {here.size} x {chosen_device}"
         )
-        if here.leads:
-            run_folder.claim(run_dir, configuration, resume=resume)
-            ctx.meta["run_dir"] = run_dir
+        ctx.meta["run_dir"] = run_dir
         outcome = image_experiment.run(
             data,
             encoder,
@@ -749,10 +810,20 @@ def finetune(
             run_dir=run_dir,
             resume=resume,
             checkpoint_every=checkpoint_every,
+            claim=run_folder.claim(run_dir, configuration, resume=resume) if here.leads else None,
         )
         if here.leads:
             image_experiment.write_run(run_dir, configuration, data, outcome)
-    _print_metrics(console, outcome.metrics, f"{method}, {outcome.training.seconds:.1f} s of training")
+    if getattr(chosen, "eta_folds", 0):
+        eta = image_experiment.chosen_eta(outcome.student)
+        console.print(f"eta {eta:g}, chosen on {chosen.eta_folds} folds of the labelled images")
+    cost = f"{outcome.training.seconds:.1f} s of training"
+    if outcome.training.history:
+        cost += f", {outcome.training.history[-1]['images_per_second']:,.0f} images/s"
+    if chosen_device == "cuda":
+        cost += f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of device memory"
+    console.print(f"Cost: {cost}")
+    _print_metrics(console, outcome.metrics, f"{method} after {outcome.training.steps} steps")
     if data.report.summary():
         console.print(f"Reading: {data.report.summary()}")
     console.print(

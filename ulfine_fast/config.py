@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 ADJUST_UNLABELLED = ("none", "labelled", "kept", "both")
@@ -212,20 +212,24 @@ class Schedule:
 
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+_OF_A_SPLIT = (
+    "protocol", "labelled_largest", "unlabelled_largest", "imbalance", "unlabelled_imbalance", "distribution",
+    "class_order",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Images:
     """Which images an encoder is tuned on: exactly one of a data set by name, folders, and a table.
 
-    Of a data set a long-tailed split is drawn, as `Data` describes it. Raises ValueError for none or two of the three
-    and for a number outside its range.
+    Of a data set a long-tailed split is drawn, as `Data` describes it. Raises ValueError for none or two of the three,
+    for a field that says nothing of the one that is given, and for a number outside its range.
     """
 
     dataset: str | None = None  # a name of `images.DATASETS`
     protocol: str = "acr"
-    labelled_largest: int = 150
-    unlabelled_largest: int = 300
+    labelled_largest: int = 100
+    unlabelled_largest: int | None = None  # None: twice the labelled ones, or what the data set brings
     imbalance: float = 100.0
     unlabelled_imbalance: float | None = None
     distribution: str = "consistent"  # order of the unlabelled counts: consistent, uniform, reversed
@@ -248,7 +252,18 @@ class Images:
             raise ValueError("folders need labelled and test images, got no test folder")
         if self.labelled is None and (self.unlabelled or self.test):
             raise ValueError("folders need labelled and test images, got no labelled folder")
-        _at_least(self, 0, "labelled_largest", "unlabelled_largest", "seed")
+        if self.table is None and self.root is not None:
+            raise ValueError(f"root must be None without a table, got {self.root!r}")
+        if self.dataset is None:
+            for entry in fields(self):
+                value = getattr(self, entry.name)
+                if entry.name in _OF_A_SPLIT and value != entry.default:
+                    raise ValueError(
+                        f"{entry.name} must be {entry.default!r} without a data set to split, got {value!r}"
+                    )
+        _at_least(self, 0, "labelled_largest", "seed")
+        if self.unlabelled_largest is not None:
+            _at_least(self, 0, "unlabelled_largest")
         _at_least(self, 1, "imbalance")
 
 

@@ -464,6 +464,10 @@ def finetune(
                     result.seconds = time.perf_counter() - started
                     _save(path, tensors, identity, result)
     result.seconds = time.perf_counter() - started
+    if path is not None and not schedule.steps:
+        tensors = engine.whole_tensors()
+        if world.leads:
+            _save(path, tensors, identity, result)
     if engine.mean_weights:
         with torch.no_grad():
             for name, tensor in engine.mean_weights.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ulfine_fast import evaluation, report
-from ulfine_fast.augment import Pipeline, build_pipeline, five_crops, test_views
+from ulfine_fast.augment import Pipeline, build_pipeline, five_crops, sufficient_test_side, test_views
 from ulfine_fast.batches import ImageViews
-from ulfine_fast.checkpoint import digest_of, replacing
+from ulfine_fast.checkpoint import CheckpointError, digest_of, replacing
 from ulfine_fast.config import PRESETS, Encoder, FineTuning, Images, Schedule
 from ulfine_fast.datasets import dataset_data
 from ulfine_fast.distributed import World, gather_rows, whole
 from ulfine_fast.experiment import UNITS, curve, surroundings
 from ulfine_fast.features import FeatureData
 from ulfine_fast.finetune import Student, finetune, load_tuned_tensors, tuned_tensors
-from ulfine_fast.image_data import ImageData
+from ulfine_fast.image_data import UNKNOWN, ImageData
 from ulfine_fast.image_folders import folder_data
 from ulfine_fast.image_tables import table_data
 from ulfine_fast.images import ChosenImages, ImageSource
@@ -62,11 +63,15 @@ def load_images(choice: Images) -> ImageData:
         return folder_data(Path(choice.labelled), unlabelled, Path(choice.test))
     if choice.table is not None:
         return table_data(Path(choice.table), None if choice.root is None else Path(choice.root))
+    unlabelled_largest = choice.unlabelled_largest
+    # it comes with unlabelled images of its own
+    if unlabelled_largest is None and choice.dataset != "stl10":
+        unlabelled_largest = 2 * choice.labelled_largest
     return dataset_data(
         choice.dataset,
         protocol=choice.protocol,
         labelled_largest=choice.labelled_largest,
-        unlabelled_largest=choice.unlabelled_largest,
+        unlabelled_largest=unlabelled_largest,
         imbalance=choice.imbalance,
         unlabelled_imbalance=choice.unlabelled_imbalance,
         unlabelled=choice.distribution,
@@ -76,13 +81,17 @@ def load_images(choice: Images) -> ImageData:
 
 
 def class_rows(data: ImageData) -> list[ClassRow]:
-    """One row for each class, most labelled images first; unlabelled images of an unknown class count as none."""
-    labelled = data.labelled_counts
-    known = data.unlabelled_truth[data.unlabelled_truth >= 0]
-    unlabelled = np.bincount(known, minlength=len(labelled))
+    """One row for each class, most labelled images first; unlabelled counts only where every class is known."""
+    labelled, truth = data.labelled_counts, data.unlabelled_truth
+    unlabelled = None if (truth == UNKNOWN).any() else np.bincount(truth, minlength=len(labelled)).tolist()
     groups = groups_by_rank(labelled)
     return [
-        ClassRow(data.class_names[k], int(labelled[k]), int(unlabelled[k]), str(groups[k]))
+        ClassRow(
+            data.class_names[k],
+            int(labelled[k]),
+            None if unlabelled is None else unlabelled[k],
+            str(groups[k]),
+        )
         for k in np.argsort(-labelled, kind="stable")
     ]
 
@@ -92,6 +101,7 @@ class Reader:
     """How whole sets of images are encoded: the view of each, and the work in the background."""
 
     views: Callable[..., Tensor]  # picture -> uint8 [K, 3, S, S]
+    size: int  # S
     workers: int
     device: torch.device
     batch_size: int = 64
@@ -109,6 +119,7 @@ class Reader:
             batch_size=self.batch_size,
             workers=self.workers,
             device=self.device,
+            at_least=sufficient_test_side(self.size),
             on_unreadable=lambda _: None,
             progress=self.progress,
         )
@@ -242,6 +253,7 @@ def run(
     resume: bool = False,
     checkpoint_every: int = 500,
     progress: bool = True,
+    claim: AbstractContextManager[None] | None = None,
 ) -> Outcome:
     """Fine-tune `method` on `data` and evaluate it on the test set.
 
@@ -250,14 +262,19 @@ def run(
         crops: views of a test image, "single" or "five" (LIFT's test-time ensembling).
         workers: threads that read and augment images, None: one for each processor, at most 16.
         run_dir, resume, checkpoint_every, progress: as `finetune`.
+        claim: entered before the first step, when everything is loaded, and left at the end of training.
+
+    Raises ValueError for steps of a method that takes none.
     """
+    if schedule.steps and not getattr(method, "trained", True):
+        raise ValueError(f"run: steps must be 0 for a method that is not trained, got {schedule.steps}")
     world = world or World()
     place = torch.device(device, world.local_rank) if device == "cuda" else torch.device(device)
     workers = default_workers() if workers is None else workers
     pipeline = build_pipeline(schedule.pipeline)
     tower = _tower(encoder, place)
     plain = partial(test_views, pipeline=pipeline, size=tower.size)
-    reader = Reader(plain, workers, place, progress=progress and world.leads)
+    reader = Reader(plain, tower.size, workers, place, progress=progress and world.leads)
     student = build_student(tower, data, encoder, method, schedule, reader)
     loader = ViewLoader(
         data.train,
@@ -274,7 +291,7 @@ def run(
     if isinstance(method, DualConfig):
         # where it was chosen before training, the choice
         identity["eta"] = student.learner.config.eta
-    with loader:
+    with loader, claim or nullcontext():
         training = finetune(
             student,
             ImageViews(data, loader, schedule, place),
@@ -290,6 +307,12 @@ def run(
     metrics, predictions, readable = evaluate(student, data, pipeline, reader, crops=crops, world=world)
     trained = {name: whole(tensor, world).cpu() for name, tensor in tuned_tensors(student).items()}
     return Outcome(student, training, metrics, predictions, readable, digest_of(trained))
+
+
+def chosen_eta(student: Student) -> float | None:
+    """Weight of the linear branch in the prediction, as it was set or chosen; None for a method without branches."""
+    config = student.learner.config
+    return config.eta if isinstance(config, DualConfig) else None
 
 
 def evaluate(
@@ -338,6 +361,7 @@ def write_run(run_dir: Path, configuration: Mapping[str, Any], data: ImageData, 
             "reading": data.report.summary(),
             "steps": training.steps,
             "seconds": training.seconds,
+            "eta": chosen_eta(outcome.student),
             "skipped": training.skipped,
             "digest": outcome.digest,
             "metrics": outcome.metrics,
@@ -353,13 +377,15 @@ def write_run(run_dir: Path, configuration: Mapping[str, Any], data: ImageData, 
         names=[data.test.name(row) for row in shown],
     )
     order = np.argsort(-data.labelled_counts, kind="stable")
+    # all counts are known, or none is
+    known = rows[0].unlabelled is not None
     last = training.history[-1] if training.history else {}
     truth = data.unlabelled_counts
     report.save_pictures(
         run_dir,
         [row.name for row in rows],
         labelled=[row.labelled for row in rows],
-        unlabelled=[row.unlabelled for row in rows],
+        unlabelled=[row.unlabelled for row in rows] if known else None,
         truth=None if truth is None else truth[order],
         accuracy={branch: [m["per_class"][k] for k in order] for branch, m in outcome.metrics.items()},
         curves={name: curve(training.history, "fused")} if "pseudo_labels" in last else {},
@@ -386,6 +412,12 @@ def _load_run(
         method = replace(method, eta=record["eta"], eta_folds=0)
     data = load_images(images)
     tower = _tower(encoder, place)
+    # frozen weights are not in the checkpoint, and another list of classes may be as long
+    for name, now in (("encoder", tower.fingerprint), ("data", data.identity)):
+        if record[name] != now:
+            raise CheckpointError(
+                f"{run_dir}: expected the {name} of the run, {record[name][:12]}, got another one, {now[:12]}"
+            )
     classes = len(data.class_names)
     tune(
         tower,
@@ -411,7 +443,7 @@ def evaluate_run(
     steps, student, data = _load_run(run_dir, configuration, place)
     pipeline = build_pipeline(configuration["schedule"]["pipeline"])
     views = partial(test_views, pipeline=pipeline, size=student.tower.size)
-    reader = Reader(views, default_workers(), place)
+    reader = Reader(views, student.tower.size, default_workers(), place)
     crops = crops or configuration["crops"]
     return steps, evaluate(student, data, pipeline, reader, crops=crops, world=World())[0]
 

@@ -31,8 +31,8 @@ def folder_data(
     class is kept as `unlabelled_truth`, for reports only. max_pixels: as `images.ImageFiles`.
 
     Files and folders whose name begins with a dot are ignored; a folder reached through links is read once.
-    Raises OSError for a folder that cannot be read, ValueError where no class folder has an image, for an image
-    with two classes, and for what `ImageData` refuses.
+    Raises OSError for a folder that cannot be read, ValueError where no class folder has an image and where
+    `unlabelled` has none, for an image with two classes, and for what `ImageData` refuses.
     """
     notes: list[str] = []
     by_class = {}
@@ -50,8 +50,10 @@ def folder_data(
         for part in by_class
     }
     unlabelled_folders = {} if unlabelled is None else _first_level("unlabelled", unlabelled, notes)
+    if unlabelled is not None and not any(unlabelled_folders.values()):
+        raise ValueError(f"folder_data: unlabelled must have images, got none in {unlabelled}")
     known = all(name in index for name, found in unlabelled_folders.items() if found)
-    if known and any(unlabelled_folders.values()):
+    if known and unlabelled_folders:
         notes.append(
             "unlabelled: the folders are those of classes; they are used in reports only, never in training"
         )

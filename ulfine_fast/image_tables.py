@@ -48,8 +48,8 @@ def table_data(path: Path, root: Path | None = None, *, max_pixels: int = MAX_PI
     once under unlabelled: it is then a labelled image that the unlabelled part has too. Classes are in order of
     name, or of number where all labels are numbers. max_pixels: as `images.ImageFiles`.
 
-    Raises ValueError, with line and column, for a table that breaks these rules; ImportError when pyarrow is
-    missing for a .parquet file.
+    Raises FileNotFoundError without a table, ValueError, with line and column, for one that breaks these rules;
+    ImportError when pyarrow is missing for a .parquet file.
     """
     root = path.parent if root is None else root
     rows: dict[str, list[_Row]] = {"labelled": [], "unlabelled": [], "test": [], "validation": []}
@@ -154,6 +154,8 @@ def _table_rows(path: Path) -> Iterator[_Row]:
     }
     if path.suffix.lower() not in readers:
         raise ValueError(f"table_data: path must end in one of {', '.join(readers)}, got {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"table_data: path must be a file, got {path}")
     for place, row in readers[path.suffix.lower()](path):
         yield _Row(place, *(row[column].strip() for column in _COLUMNS))
 

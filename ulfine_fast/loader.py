@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ulfine_fast.augment import Kind, Pipeline, channels_first, draw_geometry
+from ulfine_fast.augment import Kind, Pipeline, channels_first, draw_geometry, sufficient_side
 from ulfine_fast.images import ImageSource, UnreadableImage
 from ulfine_fast.randaugment import randaugment
 
@@ -77,6 +77,9 @@ class ViewLoader:
         held_bytes: decoded images of weak views are held until their step's strong views are submitted, as
             long as all of them take no more than this; beyond it an image is decoded twice.
         on_unreadable: called once for every image that cannot be read, from any thread, one call at a time.
+
+    A source may decode a large image at a reduced size, as far as `sufficient_side` allows it: which size that is
+    depends on the image and on how far training is, so that a view still does not depend on what else is asked for.
 
     A labelled or weak view of an image that cannot be read becomes one of the next readable image in
     `labelled` or `unlabelled`, whose row is in the result. A context manager: leaving it is `close`. Raises
@@ -181,10 +184,11 @@ class ViewLoader:
         image: Image.Image | None,
     ) -> tuple[int, np.random.Generator]:
         """Write a view into `pixels` [3, S, S]; returns the row it is of and what its draws go on with."""
+        at_least = sufficient_side(self._pipeline, self._size, progress)
         if image is None and kind == "strong":
-            image = _read(self._source, row)
+            image = _read(self._source, row, at_least)
         elif image is None:
-            image, row = self._read_instead(kind, row)
+            image, row = self._read_instead(kind, row, at_least)
         if kind == "weak":
             self._held.hold(step, row, image)
         with _naming(self._source, row):
@@ -202,13 +206,13 @@ class ViewLoader:
                 image.copy_(randaugment(image, random, cutout_side=self._pipeline.cutout_side(self._size)))
         return Views(images, np.array([row for row, _ in drawn], dtype=np.int64))
 
-    def _read_instead(self, kind: Kind, row: int) -> tuple[Image.Image, int]:
+    def _read_instead(self, kind: Kind, row: int, at_least: int) -> tuple[Image.Image, int]:
         """The image of a row, or of the first row after it in its pool that can be read, and which it was."""
         for candidate in _round_from(row, self._pool[kind]):
             if candidate in self._unreadable:
                 continue
             try:
-                return _read(self._source, candidate), candidate
+                return _read(self._source, candidate, at_least), candidate
             except UnreadableImage as error:
                 with self._noting:
                     if candidate not in self._unreadable:
@@ -245,6 +249,7 @@ def evaluation_batches(
     batch_size: int,
     workers: int,
     device: torch.device | str = "cpu",
+    at_least: int | None = None,
     depth: int = 2,
     on_unreadable: Callable[[UnreadableImage], object] | None = None,
     progress: bool = True,
@@ -252,7 +257,8 @@ def evaluation_batches(
     """The views of all images of a source, in order.
 
     views: from a picture to uint8 [k, 3, S, S], such as `augment.test_views` or `augment.five_crops` with
-    their other arguments bound. batch_size >= 1 images. workers, device: as `ViewLoader`. depth >= 0: batches
+    their other arguments bound. batch_size >= 1 images. workers, device: as `ViewLoader`. at_least: short side in pixels that
+    suffices for the views, None: full size (`ImageSource.read`). depth >= 0: batches
     that are under way ahead of the one handed over. on_unreadable: called in order for every image that cannot
     be read. progress: show a bar on standard error, if that is a terminal.
 
@@ -270,7 +276,7 @@ def evaluation_batches(
 
     def write(pixels: np.ndarray, index: int) -> UnreadableImage | None:
         try:
-            image = _read(source, index)
+            image = _read(source, index, at_least)
             with _naming(source, index):
                 pixels[:] = views(image).numpy()
         except UnreadableImage as error:
@@ -287,7 +293,7 @@ def evaluation_batches(
 
     bar = tqdm(
         total=len(source),
-        desc="testing",
+        desc="encoding",
         unit=" images",
         disable=None if progress else True,
         file=sys.stderr,
@@ -444,9 +450,9 @@ def _round_from(row: int, pool: np.ndarray) -> Iterator[int]:
     yield from pool[:place].tolist()
 
 
-def _read(source: ImageSource, row: int) -> Image.Image:
+def _read(source: ImageSource, row: int, at_least: int | None) -> Image.Image:
     with _naming(source, row):
-        return source.read(row)
+        return source.read(row, at_least)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ MARKERS = ("x", "v", "^", "s", "D", "P", "o", "*")
 BRANCH_INDEX = {"fused": 6, "linear": 2, "text": 5}
 LABELLED, UNLABELLED = "#0072b2", "#e69f00"
 PICTURES = ("class_counts.png", "per_class_accuracy.png", "pseudo_labels.png", "class_distribution.png")
+# Lines at each end of a table of classes: the head and the tail of a hundred classes still fit on a screen.
+LONGEST_END = 15
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -56,22 +58,22 @@ def method_style(name: str) -> dict[str, Any]:
 def save_class_counts(
     path: Path, class_names: Sequence[str], labelled: Any, unlabelled: Any, note: str = ""
 ) -> None:
-    """Labelled and unlabelled images [C] per class, in the given order; logarithmic from a ratio of 20.
+    """Labelled and, if they are known, unlabelled images [C] per class; logarithmic from a ratio of 20.
 
-    In this and the other pictures `note` ends the title; class names that are numbers are ranks.
+    In this and the other pictures classes are in the given order, and those whose names are numbers are ranks; `note`
+    ends the title.
     """
-    labelled, unlabelled = np.asarray(labelled), np.asarray(unlabelled)
+    bars = [(np.asarray(labelled), 0.0, LABELLED, "labelled")]
+    if unlabelled is not None:
+        bars = [(bars[0][0], -0.2, *bars[0][2:]), (np.asarray(unlabelled), 0.2, UNLABELLED, "unlabelled")]
     with _figure(path, (8, 4)) as figure:
         axes = figure.subplots()
         places = np.arange(len(class_names))
-        for counts, offset, colour, name in (
-            (labelled, -0.2, LABELLED, "labelled"),
-            (unlabelled, 0.2, UNLABELLED, "unlabelled"),
-        ):
-            bars = axes.bar(places + offset, counts, 0.38, color=colour, label=name)
+        for counts, offset, colour, name in bars:
+            drawn = axes.bar(places + offset, counts, 0.38, color=colour, label=name)
             if len(class_names) <= 20:
-                axes.bar_label(bars, fontsize=8, padding=1)
-        present = np.concatenate([labelled, unlabelled])
+                axes.bar_label(drawn, fontsize=8, padding=1)
+        present = np.concatenate([counts for counts, *_ in bars])
         present = present[present > 0]
         if len(present) and present.max() >= 20 * present.min():
             axes.set_yscale("log")
@@ -99,7 +101,7 @@ def save_per_class_accuracy(
 
 
 def save_pseudo_labels(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]], note: str = "") -> None:
-    """Precision and acceptance of pseudo-labels over the steps, one line for each name.
+    """Precision, if it is known, and acceptance of pseudo-labels over the steps, one line for each name.
 
     curves: name -> records with "step" and the fractions "precision", "precision_few" and "acceptance".
     """
@@ -108,10 +110,13 @@ def save_pseudo_labels(path: Path, curves: Mapping[str, Sequence[Mapping[str, An
         "precision_few": "precision, few classes (%; a gap: none kept)",
         "acceptance": "acceptance (%)",
     }
-    with _figure(path, (11, 4)) as figure:
-        for axes, (key, label) in zip(
-            figure.subplots(1, len(panels), sharex=True), panels.items(), strict=True
-        ):
+    records = [record for of_name in curves.values() for record in of_name]
+    panels = {
+        key: label for key, label in panels.items() if any(record[key] is not None for record in records)
+    }
+    with _figure(path, (2 + 3 * len(panels), 4)) as figure:
+        grid = figure.subplots(1, len(panels), sharex=True, squeeze=False)
+        for axes, (key, label) in zip(grid[0], panels.items(), strict=True):
             for name, records in curves.items():
                 values = [math.nan if r[key] is None else 100 * r[key] for r in records]
                 style = method_style(name) | {"markersize": 4, "markevery": max(len(values) // 10, 1)}
@@ -146,7 +151,8 @@ def save_class_distribution(
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("share of the images (%)")
         _legend_below(figure, axes)
-        _class_axis(axes, class_names, "Class distribution, estimated and true" + note)
+        title = "Class distribution, estimated" + (" and true" if truth is not None else "")
+        _class_axis(axes, class_names, title + note)
 
 
 def save_pictures(
@@ -164,8 +170,8 @@ def save_pictures(
     """All pictures of a run into `out`, their names returned; the two on pseudo-labels only where there are any.
 
     Everything is per class [C] in the order of `class_names`: images `labelled` and `unlabelled`, of the
-    latter `truth` without copies of labelled ones, `accuracy` and `estimates` of P_u by name. curves: see
-    `save_pseudo_labels`. note: what the titles end with.
+    latter `truth` without copies of labelled ones (both None where not known), `accuracy` and `estimates` of P_u by
+    name. curves: see `save_pseudo_labels`. note: what the titles end with.
     """
     paths = [out / name for name in PICTURES]
     save_class_counts(paths[0], class_names, labelled, unlabelled, note)
@@ -213,17 +219,27 @@ def percent(value: float | None, std: float | None = None) -> str:
     return f"{100 * value:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
-def split_report(rows: Sequence[ClassRow], title: str) -> Table:
-    """Table of a split: one line per class from head to tail and a line of totals."""
+def split_report(rows: Sequence[ClassRow], title: str, unlabelled: int | None = None) -> Table:
+    """Table of a split: one line per class from head to tail and a line of totals; of many classes both ends.
+
+    unlabelled: images in all, None is the sum over the classes.
+    """
     from rich.table import Table
 
+    if unlabelled is None:
+        unlabelled = sum(row.unlabelled for row in rows)
     table = Table(title=title, title_justify="left", show_footer=True)
     table.add_column("class", "all")
     table.add_column("labelled", f"{sum(row.labelled for row in rows):,}", justify="right")
-    table.add_column("unlabelled", f"{sum(row.unlabelled for row in rows):,}", justify="right")
+    table.add_column("unlabelled", f"{unlabelled:,}", justify="right")
     table.add_column("group")
-    for row in rows:
-        table.add_row(row.name, f"{row.labelled:,}", f"{row.unlabelled:,}", row.group)
+    left_out = range(LONGEST_END, len(rows) - LONGEST_END)
+    for rank, row in enumerate(rows):
+        if rank not in left_out:
+            known = "-" if row.unlabelled is None else f"{row.unlabelled:,}"
+            table.add_row(row.name, f"{row.labelled:,}", known, row.group)
+        elif rank == left_out.start:
+            table.add_row(f"({len(left_out):,} more)")
     return table
 
 

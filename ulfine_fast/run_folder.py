@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +38,26 @@ def check_claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool, o
         raise FileExistsError(f"{run_dir}: expected a run folder or an empty one, got something else")
 
 
-def claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool) -> None:
-    """Make `run_dir` the folder of `configuration`; checkpoint and evaluation stay only to be resumed."""
+@contextmanager
+def claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool) -> Iterator[None]:
+    """Make `run_dir` the folder of `configuration`; checkpoint and evaluation stay only to be resumed.
+
+    An error within the block that comes before the first checkpoint leaves the folder to any other run.
+    """
+    new = not (run_dir / CONFIG).exists()
     if not resume:
         for name in (CHECKPOINT, EVALUATION):
             (run_dir / name).unlink(missing_ok=True)
     write_json(run_dir / CONFIG, configuration)
+    try:
+        yield
+    except Exception:
+        if new and not (run_dir / CHECKPOINT).exists():
+            (run_dir / CONFIG).unlink(missing_ok=True)
+            # what else is there stays
+            with suppress(OSError):
+                run_dir.rmdir()
+        raise
 
 
 def read_configuration(run_dir: Path) -> dict[str, Any]:

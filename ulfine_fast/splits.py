@@ -42,7 +42,7 @@ class ClassRow(NamedTuple):
 
     name: str
     labelled: int
-    unlabelled: int
+    unlabelled: int | None  # None: not known
     group: str
 
 

@@ -199,14 +199,11 @@ class Dual(Learner):
         return self.head.folded()
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The linear probe, and the textual prototypes if they are learned: their unit rows need no decay.
-
-        None for a method that is not trained.
-        """
+        """The linear probe, and the textual prototypes if they are learned: their unit rows need no decay."""
         groups = [{"params": [self.head.linear], "lr": learning_rate, "weight_decay": weight_decay}]
         if self.config.orthogonality_weight:
             groups.append({"params": [self.head.state.textual], "lr": learning_rate, "weight_decay": 0.0})
-        return groups if self.trained else []
+        return groups
 
     def distribution(self) -> Tensor | None:
         """[C] P_u."""
