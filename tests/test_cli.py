@@ -507,15 +507,14 @@ def test_finetune_says_which_eta_it_chose(tmp_path, pictures):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "expected one of a data set, folders and a table, got none"),
+        ([], "expected one of a data set, folders, a table, lists and ImageNet-127, got none"),
         (["--dataset", "cifar10", "--labelled", "a", "--test", "b"], "got a data set and folders"),
         (["--labelled", "labelled"], "folders need labelled and test images, got no test folder"),
-        (["--table", "t.csv", "--test", "test"], "folders need labelled and test images, got no labelled"),
-        (["--labelled", "a", "--test", "b", "--root", "c"], "root must be None without a table, got 'c'"),
-        (
-            ["--table", "t.csv", "--imbalance", "3"],
-            "imbalance must be 100.0 without a data set to split, got 3.0",
-        ),
+        (["--table", "t.csv", "--test", "test"], "test must be None with a table, got 'test'"),
+        (["--labelled", "a", "--test", "b", "--root", "c"], "root must be None with folders, got 'c'"),
+        (["--table", "t.csv", "--imbalance", "3"], "imbalance must be 100.0 with a table, got 3.0"),
+        (["--train-list", "a.txt"], "lists need training and test images, got no test list"),
+        (["--test", "b"], "expected one of a data set, folders, a table, lists and ImageNet-127, got none"),
         (["--dataset", "imagenet"], "expected one of fashion-mnist-subset, "),
         (["--dataset", "cifar10", "--tuning", "prompts"], "expected one of linear_probe, full, "),
         (["--dataset", "cifar10", "--pipeline", "none"], "expected one of lift, lift_plus, "),

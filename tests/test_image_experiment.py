@@ -364,3 +364,28 @@ def test_unlabelled_images_are_twice_the_labelled_ones_unless_they_come_along(
     monkeypatch.setattr(image_experiment, "dataset_data", lambda name, **options: calls.append(options))
     load_images(Images(dataset=name, unlabelled_largest=given))
     assert calls[0]["unlabelled_largest"] == asked
+
+
+def test_lists_and_imagenet127_are_read_as_they_are_named(folder, tmp_path):
+    for part in ("labelled", "test"):
+        files = sorted((folder / part).rglob("[0-9].png"))
+        kinds = sorted({file.parent.name for file in files})
+        lines = [f"{file.relative_to(folder)} {kinds.index(file.parent.name)}" for file in files]
+        (tmp_path / f"{part}.txt").write_text("\n".join(lines))
+    (tmp_path / "names.txt").write_text("fox\nsea lion\ntree\n")
+    lists = Images(
+        train_list=f"{tmp_path}/labelled.txt",
+        test_list=f"{tmp_path}/test.txt",
+        root=str(folder),
+        class_names=f"{tmp_path}/names.txt",
+    )
+    data = load_images(lists)
+    assert data.class_names == ("fox", "sea lion", "tree")
+    assert data.labelled_counts.tolist() == [math.ceil(0.25 * count) for count in LABELLED]
+    assert len(data.unlabelled) == sum(LABELLED)
+    assert load_images(replace(lists, labelled_share=1.0)).labelled_counts.tolist() == list(LABELLED)
+
+    with pytest.raises(FileNotFoundError, match="val_data"):
+        load_images(Images(imagenet127=str(tmp_path)))
+    with pytest.raises(ValueError, match="root must be None with ImageNet-127, got 'here'"):
+        Images(imagenet127=str(tmp_path), root="here")

@@ -51,7 +51,7 @@ def check(data: ImageData, pixels: list[np.ndarray]) -> None:
 def test_superclasses_as_labels(protocol: int, first: int, tmp_path: Path) -> None:
     pixels = write(tmp_path, LABELS + first, [label + first for label in TEST_LABELS], protocol)
     (tmp_path / "names").write_text("sea lion\nbus\ncat\n")
-    data = imagenet127_data(tmp_path, SIZE, 0.2, class_names=tmp_path / "names")
+    data = imagenet127_data(tmp_path, labelled_share=0.2, class_names=tmp_path / "names")
     check(data, pixels)
     assert data.class_names == ("bus", "cat", "sea lion")
     assert data.notes == ()
@@ -62,7 +62,7 @@ def test_labels_of_imagenet(tmp_path: Path) -> None:
     fine = np.where((LABELS == 1) & (np.arange(65) % 2 == 0), 3, LABELS)
     pixels = write(tmp_path, fine + 1, [1, 2, 4, 3])
     (tmp_path / "map").write_text("sea lion\nbus\ncat\nbus\n")
-    data = imagenet127_data(tmp_path, SIZE, 0.2, superclasses=tmp_path / "map")
+    data = imagenet127_data(tmp_path, labelled_share=0.2, superclasses=tmp_path / "map")
     check(data, pixels)
     assert data.class_names == ("bus", "cat", "sea lion")
 
@@ -70,10 +70,10 @@ def test_labels_of_imagenet(tmp_path: Path) -> None:
 def test_labelled_counts_round_half_to_even(tmp_path: Path) -> None:
     write(tmp_path, LABELS, TEST_LABELS)
     (tmp_path / "names").write_text("a\nb\nc\n")
-    data = imagenet127_data(tmp_path, SIZE, 0.1, class_names=tmp_path / "names")
+    data = imagenet127_data(tmp_path, labelled_share=0.1, class_names=tmp_path / "names")
     assert data.labelled_counts.tolist() == [4, 2, 0]
     assert data.notes == ("labelled: no image of 1 classes: a",)
-    nameless = imagenet127_data(tmp_path, SIZE, 0.1)
+    nameless = imagenet127_data(tmp_path, labelled_share=0.1)
     assert len(nameless.class_names) == 127
     assert nameless.class_names[:3] == ("1", "2", "0")
     assert nameless.notes[0] == "classes are called by their number; text prototypes need names"
@@ -90,7 +90,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for payload in (Malicious(), {"data": planar(1, 0), "labels": [Malicious()]}):
         (tmp_path / TRAIN_BATCHES[0]).write_bytes(pickle.dumps(payload))
         with pytest.raises(ValueError, match=r"train_data_batch_1: .*got posix\.mkdir, which is refused$"):
-            imagenet127_data(tmp_path, SIZE, 0.1)
+            imagenet127_data(tmp_path, labelled_share=0.1)
     assert not (tmp_path / "was_here").exists()
 
 
@@ -116,23 +116,23 @@ def test_damaged_batches(content: bytes, message: str, tmp_path: Path) -> None:
     write(tmp_path, LABELS, TEST_LABELS)
     (tmp_path / TRAIN_BATCHES[3]).write_bytes(content)
     with pytest.raises(ValueError, match=f"train_data_batch_4: .*{message}"):
-        imagenet127_data(tmp_path, SIZE, 0.1)
+        imagenet127_data(tmp_path, labelled_share=0.1)
 
 
 def test_other_errors(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="train_data_batch_1"):
-        imagenet127_data(tmp_path, SIZE, 0.1)
+    with pytest.raises(FileNotFoundError, match="val_data"):
+        imagenet127_data(tmp_path, labelled_share=0.1)
     with pytest.raises(ValueError, match=r"labelled_share must be in \(0, 1\], got 0$"):
-        imagenet127_data(tmp_path, SIZE, 0)
+        imagenet127_data(tmp_path, labelled_share=0)
     write(tmp_path, LABELS + 2, TEST_LABELS)
     with pytest.raises(ValueError, match="labels must begin at 0 or 1, got 2"):
-        imagenet127_data(tmp_path, SIZE, 0.1)
+        imagenet127_data(tmp_path, labelled_share=0.1)
     write(tmp_path, np.where(LABELS == 2, 999, LABELS), TEST_LABELS)
     with pytest.raises(ValueError, match=r"labels of 127 classes, got 0\.\.999 .*give superclasses"):
-        imagenet127_data(tmp_path, SIZE, 0.1)
+        imagenet127_data(tmp_path, labelled_share=0.1)
     (tmp_path / "map").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"labels of 2 classes, got 0\.\.999 .*the lines of .*map say so"):
-        imagenet127_data(tmp_path, SIZE, 0.1, superclasses=tmp_path / "map")
+        imagenet127_data(tmp_path, labelled_share=0.1, superclasses=tmp_path / "map")
     write(tmp_path, LABELS + 1, [0, 1])
     with pytest.raises(ValueError, match=r"got -1\.\.2"):
-        imagenet127_data(tmp_path, SIZE, 0.1)
+        imagenet127_data(tmp_path, labelled_share=0.1)

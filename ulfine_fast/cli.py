@@ -443,12 +443,59 @@ def finetune(
             rich_help_panel=PANEL_DATA,
         ),
     ] = None,
+    train_list: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='Text file with a line "path label" for each training image (ImageNet-LT, Places-LT, iNaturalist).',
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
+    test_list: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The same of the test images.", rich_help_panel=PANEL_DATA),
+    ] = None,
+    imagenet127: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Pickles of downsampled ImageNet, for ImageNet-127.",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
     root: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder that the paths of the table start from.",
-            show_default="that of the table",
+            help="Folder that the paths of the table or of the lists start from.",
+            show_default="that of the table or of the training list",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A name in each line, for lists and for ImageNet-127.",
+            show_default="numbers",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
+    superclasses: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The superclass of each class of ImageNet, where the pickles have these.",
+            rich_help_panel=PANEL_DATA,
+        ),
+    ] = None,
+    labelled_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Labelled share of each class, for lists and for ImageNet-127.",
+            show_default="0.25 and 0.1",
             rich_help_panel=PANEL_DATA,
         ),
     ] = None,
@@ -637,6 +684,14 @@ def finetune(
             rich_help_panel=PANEL_TRAINING,
         ),
     ] = TUNING.ema,
+    augment_on_device: Annotated[
+        bool,
+        typer.Option(
+            "--augment-on-device",
+            help="RandAugment on the device, where the processors cannot keep up with it.",
+            rich_help_panel=PANEL_TRAINING,
+        ),
+    ] = TUNING.augment_on_device,
     look_ahead: Annotated[
         bool,
         typer.Option(
@@ -705,7 +760,8 @@ def finetune(
 ) -> None:
     """Fine-tune an encoder with its head on images; write checkpoint, metrics, predictions and pictures.
 
-    Images come from a data set (--dataset), from folders (--labelled, --unlabelled, --test) or from a table (--table).
+    Images come from a data set (--dataset), from folders (--labelled, --unlabelled, --test), from a table (--table), from
+    lists (--train-list, --test-list) or from ImageNet's pickles (--imagenet127).
     Under torchrun several processes share every batch.
     """
     if resume and overwrite:
@@ -734,6 +790,12 @@ def finetune(
             test=_text(test),
             table=_text(table),
             root=_text(root),
+            train_list=_text(train_list),
+            test_list=_text(test_list),
+            imagenet127=_text(imagenet127),
+            superclasses=_text(superclasses),
+            class_names=_text(class_names),
+            labelled_share=labelled_share,
             seed=seed,
         )
         of_clip = model not in ("lite0", "lite2") and not model.startswith("timm:")
@@ -755,6 +817,7 @@ def finetune(
             weight_decay=weight_decay,
             precision=precision,
             ema=ema,
+            augment_on_device=augment_on_device,
             look_ahead=look_ahead,
             shard=shard,
             seed=seed,

@@ -220,9 +220,9 @@ _OF_A_SPLIT = (
 
 @dataclass(frozen=True)
 class Images:
-    """Which images an encoder is tuned on: exactly one of a data set by name, folders, and a table.
+    """Which images an encoder is tuned on: exactly one of a data set, folders, a table, lists, and ImageNet-127.
 
-    Of a data set a long-tailed split is drawn, as `Data` describes it. Raises ValueError for none or two of the three,
+    Of a data set a long-tailed split is drawn, as `Data` describes it. Raises ValueError for none or two of the five,
     for a field that says nothing of the one that is given, and for a number outside its range.
     """
 
@@ -238,29 +238,42 @@ class Images:
     unlabelled: str | None = None  # folder of images, however nested
     test: str | None = None  # folder like `labelled`
     table: str | None = None  # CSV, TSV or Parquet file with the columns path, label, split
-    root: str | None = None  # folder that the paths of the table start from, None: the folder of the table
+    root: str | None = None  # folder that paths start from, None: that of the table or of the training list
+    train_list: str | None = None  # text file with a line "path label" for each training image
+    test_list: str | None = None  # the same of the test images
+    imagenet127: str | None = None  # folder with the pickles of downsampled ImageNet
+    superclasses: str | None = (
+        None  # file with the superclass of each class of ImageNet, see `imagenet127_data`
+    )
+    class_names: str | None = None  # file with a name for each class of lists or of ImageNet-127
+    # labelled share of the training images of each class; None: .25 of lists (FineSSL), .1 of ImageNet-127 (ACR)
+    labelled_share: float | None = None
     seed: int = 0  # of the split
 
     def __post_init__(self) -> None:
-        named = {"a data set": self.dataset, "folders": self.labelled, "a table": self.table}
-        given = [name for name, value in named.items() if value is not None]
+        kinds = {
+            "dataset": ("a data set", _OF_A_SPLIT),
+            "labelled": ("folders", ("unlabelled", "test")),
+            "table": ("a table", ("root",)),
+            "train_list": ("lists", ("test_list", "root", "class_names", "labelled_share")),
+            "imagenet127": ("ImageNet-127", ("superclasses", "class_names", "labelled_share")),
+        }
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
         if len(given) != 1:
+            names = [name for name, _ in kinds.values()]
             raise ValueError(
-                f"expected one of a data set, folders and a table, got {' and '.join(given) or 'none'}"
+                f"expected one of {', '.join(names[:-1])} and {names[-1]},"
+                f" got {' and '.join(kinds[kind][0] for kind in given) or 'none'}"
             )
+        name, own = kinds[given[0]]
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name not in (*kinds, *own, "seed") and value != entry.default:
+                raise ValueError(f"{entry.name} must be {entry.default!r} with {name}, got {value!r}")
         if self.labelled is not None and self.test is None:
             raise ValueError("folders need labelled and test images, got no test folder")
-        if self.labelled is None and (self.unlabelled or self.test):
-            raise ValueError("folders need labelled and test images, got no labelled folder")
-        if self.table is None and self.root is not None:
-            raise ValueError(f"root must be None without a table, got {self.root!r}")
-        if self.dataset is None:
-            for entry in fields(self):
-                value = getattr(self, entry.name)
-                if entry.name in _OF_A_SPLIT and value != entry.default:
-                    raise ValueError(
-                        f"{entry.name} must be {entry.default!r} without a data set to split, got {value!r}"
-                    )
+        if self.train_list is not None and self.test_list is None:
+            raise ValueError("lists need training and test images, got no test list")
         _at_least(self, 0, "labelled_largest", "seed")
         if self.unlabelled_largest is not None:
             _at_least(self, 0, "unlabelled_largest")
@@ -301,6 +314,7 @@ class FineTuning:
     weight_decay: float = 5e-4  # (LIFT)
     precision: str = "fp32"  # of the encoder's products: "fp32", "bf16" or "fp16"; weights stay float32
     ema: float = 0.0  # share of the old weights in their running mean, which is what is evaluated; 0 is none
+    augment_on_device: bool = False  # RandAugment on the tensors of the device, see `loader.ViewLoader`
     look_ahead: bool = False  # pseudo-labels of a step from the weights of the step before
     shard: bool = False  # split the encoder, its gradients and its optimizer over the processes
     seed: int = 0  # of batches and views

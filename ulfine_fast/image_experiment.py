@@ -27,7 +27,8 @@ from ulfine_fast.features import FeatureData
 from ulfine_fast.finetune import Student, finetune, load_tuned_tensors, tuned_tensors
 from ulfine_fast.image_data import UNKNOWN, ImageData
 from ulfine_fast.image_folders import folder_data
-from ulfine_fast.image_tables import table_data
+from ulfine_fast.image_tables import list_data, table_data
+from ulfine_fast.imagenet127 import imagenet127_data
 from ulfine_fast.images import ChosenImages, ImageSource
 from ulfine_fast.learners import LEARNERS, Config, DualConfig, build_learner
 from ulfine_fast.loader import ViewLoader, default_workers, evaluation_batches
@@ -63,6 +64,17 @@ def load_images(choice: Images) -> ImageData:
         return folder_data(Path(choice.labelled), unlabelled, Path(choice.test))
     if choice.table is not None:
         return table_data(Path(choice.table), None if choice.root is None else Path(choice.root))
+    class_names = None if choice.class_names is None else Path(choice.class_names)
+    share = {} if choice.labelled_share is None else {"labelled_share": choice.labelled_share}
+    if choice.train_list is not None:
+        lists = Path(choice.train_list), Path(choice.test_list)
+        root = lists[0].parent if choice.root is None else Path(choice.root)
+        return list_data(*lists, root, class_names=class_names, **share)
+    if choice.imagenet127 is not None:
+        superclasses = None if choice.superclasses is None else Path(choice.superclasses)
+        return imagenet127_data(
+            Path(choice.imagenet127), superclasses=superclasses, class_names=class_names, **share
+        )
     unlabelled_largest = choice.unlabelled_largest
     # it comes with unlabelled images of its own
     if unlabelled_largest is None and choice.dataset != "stl10":
@@ -285,6 +297,7 @@ def run(
         seed=schedule.seed,
         workers=workers,
         device=place,
+        randaugment_on_device=schedule.augment_on_device,
         on_unreadable=lambda _: None,
     )
     identity = {"method": asdict(method), "encoder": tower.fingerprint, "data": data.identity}

@@ -6,6 +6,7 @@ that a file from anywhere runs no code.
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,14 @@ _ALLOWED = {
 
 def imagenet127_data(
     folder: Path,
-    size: int,
-    labelled_share: float,
     *,
+    labelled_share: float = 0.1,
     superclasses: Path | None = None,
     class_names: Path | None = None,
 ) -> ImageData:
     """ImageNet-127 from the pickles train_data_batch_1..10 and val_data of downsampled ImageNet.
 
-    folder: where the files are. size: side of their images in pixels, 32 or 64 as published. Of the n_k training
+    folder: where the files are, with images of any one size, 32 or 64 pixels as published. Of the n_k training
     images of a class the first round(labelled_share n_k), half to even, are labelled; labelled_share in (0, 1]: 0.1
     in ACR and CCL, 0.01 in LoFT. All training images are unlabelled. The test images are `val_data`, as imbalanced
     as the rest. Classes are ordered by falling number of labelled images, ties by their old order (ours).
@@ -62,8 +62,8 @@ def imagenet127_data(
     """
     if not 0 < labelled_share <= 1:
         raise ValueError(f"imagenet127_data: labelled_share must be in (0, 1], got {labelled_share}")
-    batches = [_read_batch(folder / name, size) for name in TRAIN_BATCHES]
-    test_images, test_labels = _read_batch(folder / TEST_BATCH, size)
+    test_images, test_labels = _read_batch(folder / TEST_BATCH)
+    batches = [_read_batch(folder / name, test_images.shape[1]) for name in TRAIN_BATCHES]
     labels = np.concatenate([part for _, part in batches])
     first = int(labels.min())
     if first not in (0, 1):
@@ -116,8 +116,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_batch(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, size, size, 3] and labels int64 [N] of one pickle."""
+def _read_batch(path: Path, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, size, size, 3] and labels int64 [N] of one pickle; without `size`, of the size they have."""
     with path.open("rb") as file:
         try:
             batch = _ArrayUnpickler(file, encoding="latin1").load()
@@ -130,6 +130,8 @@ def _read_batch(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
         pixels, labels = batch["data"], np.array(batch["labels"], dtype=np.int64).ravel()
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: expected a dict with data and labels, got another content") from error
+    if size is None:
+        size = math.isqrt(np.shape(pixels)[-1] // 3) if np.ndim(pixels) else 0
     shape = (len(labels), 3 * size * size)
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != shape:
         got = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
