@@ -7,82 +7,41 @@ that help comes at once.
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
-from ulfine_fast.checkpoint import CHECKPOINT
-from ulfine_fast.config import METHODS, PRESETS, Data, Encoder, FineTuning, Images, Method, Schedule
+from ulfine_fast import finetune_command
+from ulfine_fast.config import METHODS, Data, Method, Schedule
+from ulfine_fast.terminal import (
+    PANEL_DATA,
+    PANEL_TRAINING,
+    Commands,
+    Device,
+    Threads,
+    changed,
+    make_console,
+    print_metrics,
+    set_deterministic,
+    set_threads,
+    settings_of,
+    usable_device,
+)
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
-
-Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "reference", "cpp"]
 DATA, SCHEDULE = Data(), Schedule()
-IMAGES, TUNING = Images(dataset=""), FineTuning()
-PANEL_DATA, PANEL_ENCODER, PANEL_TRAINING, PANEL_RUN = "Data", "Encoder", "Training", "Run"
-
-
-class _Commands(TyperGroup):
-    """Turns failures into one or two lines and exit code 1."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):
-            raise
-        except typer.BadParameter as error:
-            # typer's messages on ranges and types say what was expected, its cause knows what came
-            for problem in getattr(error.__cause__, "errors", list)()[:1]:
-                if repr(problem["input"]) not in error.message:
-                    error.message += f", got {problem['input']}"
-            raise
-        except KeyboardInterrupt:
-            again = "; nothing was half written, run the same command again"
-            _say("stopped by Ctrl-C" + (_how_to_resume(ctx) or again))
-        except FAILURES as error:
-            if ctx.params.get("traceback"):
-                raise
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            # a full disk, say: what was written before is whole
-            how_on = _how_to_resume(ctx) if isinstance(error, OSError) else ""
-            _say("error: " + "\n".join(lines[: 1 if how_on else 2]) + how_on)
-        raise typer.Exit(1)
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Long-tailed semi-supervised fine-tuning of vision-language models,\non images (finetune) or on cached features (train).",
 )
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _how_to_resume(ctx: Any) -> str:
-    """How to go on from the checkpoint; empty where there is none."""
-    run_dir = ctx.meta.get("run_dir")
-    if run_dir is None or not (run_dir / CHECKPOINT).exists():
-        return ""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "; continue from the last checkpoint with the same torchrun command and --resume"
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    command = shlex.join(["ulfine-fast", *words, "--resume"])
-    return f"; continue from the last checkpoint with:\n  {command}"
 
 
 def _version(show: bool) -> None:
@@ -105,27 +64,9 @@ def _options(
     pass
 
 
-THREADS_HELP = "CPU threads; 0 takes torch's choice (results may differ in the last bit)."
-Threads = Annotated[int, typer.Option(min=0, help=THREADS_HELP)]
-
-
-def _settings(config: Any) -> list[str]:
-    return [field.name for field in fields(config) if field.name != "summary"]
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
 def _known(name: str) -> str:
     if name not in METHODS:
         raise typer.BadParameter(f"expected one of {', '.join(METHODS)}, got {name!r}")
-    return name
-
-
-def _known_preset(name: str) -> str:
-    if name not in PRESETS:
-        raise typer.BadParameter(f"expected one of {', '.join(PRESETS)}, got {name!r}")
     return name
 
 
@@ -134,33 +75,6 @@ def _known_dataset(name: str) -> str:
 
     if name not in DATASETS:
         raise typer.BadParameter(f"expected one of {', '.join(DATASETS)}, got {name!r}")
-    return name
-
-
-def _known_images(name: str | None) -> str | None:
-    if name is not None:
-        from ulfine_fast.datasets import IMAGE_DATASETS
-
-        if name not in IMAGE_DATASETS:
-            raise typer.BadParameter(f"expected one of {', '.join(IMAGE_DATASETS)}, got {name!r}")
-    return name
-
-
-def _known_tuning(name: str | None) -> str | None:
-    if name is not None:
-        from ulfine_fast.tuning import TUNINGS
-
-        if name not in TUNINGS:
-            raise typer.BadParameter(f"expected one of {', '.join(TUNINGS)}, got {name!r}")
-    return name
-
-
-def _known_pipeline(name: str | None) -> str | None:
-    if name is not None:
-        from ulfine_fast.augment import PIPELINES
-
-        if name not in PIPELINES:
-            raise typer.BadParameter(f"expected one of {', '.join(PIPELINES)}, got {name!r}")
     return name
 
 
@@ -191,12 +105,16 @@ def demo(
     The first run encodes 18,000 views (about 3 minutes on one core), later runs read them from the cache.
     """
     _check_demo_folder(out)
-    _set_threads(threads)
+    set_threads(threads)
     from ulfine_fast.demo import run_demo
 
     chosen = {name: METHODS[name] for name in method}
     run_demo(
-        out, seeds=range(seeds), methods=chosen, schedule=replace(SCHEDULE, steps=steps), console=_console()
+        out,
+        seeds=range(seeds),
+        methods=chosen,
+        schedule=replace(SCHEDULE, steps=steps),
+        console=make_console(),
     )
 
 
@@ -215,7 +133,7 @@ def train(
         typer.Option(
             "--set",
             metavar="FIELD=VALUE",
-            help=f"Change one field of the preset; repeat for more. Fields: {', '.join(_settings(Method))}.",
+            help=f"Change one field of the preset; repeat for more. Fields: {', '.join(settings_of(Method))}.",
         ),
     ] = None,
     dataset: Annotated[
@@ -324,7 +242,7 @@ def train(
             seed=seed,
             size=size,
         )
-        chosen = _changed(METHODS[method], setting or [])
+        chosen = changed(METHODS[method], setting or [])
         schedule = Schedule(
             steps=steps,
             labelled_batch=labelled_batch,
@@ -344,14 +262,14 @@ def train(
         "method": asdict(chosen),
         "schedule": asdict(schedule),
     }
-    _set_threads(threads)
-    _set_deterministic(deterministic)
+    set_threads(threads)
+    set_deterministic(deterministic)
     from ulfine_fast import experiment, report, run_folder
     from ulfine_fast.backend import use_backend
 
     run_folder.check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
-    chosen_device = _device(device)
-    console = _console()
+    chosen_device = usable_device(device)
+    console = make_console()
     console.print(f"Back end: {_backend(backend, chosen_device)}")
     console.print(f"Data: {data.dataset} at {data.size} px, encoded the first time, then read from the cache")
     features = experiment.load_data(data)
@@ -376,522 +294,11 @@ def train(
     experiment.write_run(run_dir, configuration, features, outcome)
     if chosen.eta_folds:
         console.print(f"eta {outcome.head.eta:g}, chosen on {chosen.eta_folds} folds of the labelled images")
-    _print_metrics(console, outcome.metrics, f"{method}, {outcome.seconds:.1f} s of training")
+    print_metrics(console, outcome.metrics, f"{method}, {outcome.seconds:.1f} s of training")
     console.print(f"Wrote metrics.json, predictions.csv, pictures and the checkpoint to {run_dir}")
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "[bold]ulfine-fast finetune --dataset fashion-mnist-subset --size 96 --steps 150[/bold]\n\n"
-    "[bold]ulfine-fast finetune --labelled photos/labelled --unlabelled photos/unlabelled --test photos/test"
-    " --model ViT-B-16-quickgelu --pretrained openai --precision bf16[/bold]\n\n"
-    "[bold]torchrun --nproc-per-node 8 -m ulfine_fast finetune --table images.csv --model ViT-L-14"
-    " --pretrained weights.safetensors[/bold]",
-)
-def finetune(
-    ctx: typer.Context,
-    method: Annotated[
-        str, typer.Option(callback=_known_preset, metavar="NAME", help=f"Preset: {', '.join(PRESETS)}.")
-    ] = "ulfine",
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Change one field of the method; repeat for more. An unknown field lists the known ones.",
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            callback=_known_images,
-            metavar="NAME",
-            help="Draw a long-tailed split of fashion-mnist-subset, fashion-mnist, cifar10, cifar100, svhn, stl10 or"
-            " food101.",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    labelled: Annotated[
-        Path | None,
-        typer.Option(
-            "--labelled",
-            "--labeled",
-            metavar="DIR",
-            help="Labelled images, a folder for each class.",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    unlabelled: Annotated[
-        Path | None,
-        typer.Option(
-            "--unlabelled",
-            "--unlabeled",
-            metavar="DIR",
-            help="Unlabelled images, in whatever folders.",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    test: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Test images, a folder for each class.", rich_help_panel=PANEL_DATA),
-    ] = None,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="CSV, TSV or Parquet file with columns path, label, split (train, unlabelled, test).",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    train_list: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='Text file with a line "path label" for each training image (ImageNet-LT, Places-LT, iNaturalist).',
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    test_list: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The same of the test images.", rich_help_panel=PANEL_DATA),
-    ] = None,
-    imagenet127: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Pickles of downsampled ImageNet, for ImageNet-127.",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder that the paths of the table or of the lists start from.",
-            show_default="that of the table or of the training list",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    class_names: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A name in each line, for lists and for ImageNet-127.",
-            show_default="numbers",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    superclasses: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The superclass of each class of ImageNet, where the pickles have these.",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    labelled_share: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Labelled share of each class, for lists and for ImageNet-127.",
-            show_default="0.25 and 0.1",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    protocol: Annotated[
-        Literal["acr", "daso", "usb"],
-        typer.Option(
-            help="How the split is drawn; in acr every labelled image is an unlabelled one too.",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = IMAGES.protocol,
-    labelled_largest: Annotated[
-        int, typer.Option(min=1, help="Labelled images of the largest class.", rich_help_panel=PANEL_DATA)
-    ] = IMAGES.labelled_largest,
-    unlabelled_largest: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Unlabelled images of the largest class.",
-            show_default="twice the labelled ones",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = None,
-    imbalance: Annotated[
-        float, typer.Option(min=1, help="Largest class / smallest class.", rich_help_panel=PANEL_DATA)
-    ] = IMAGES.imbalance,
-    distribution: Annotated[
-        Literal["consistent", "uniform", "reversed"],
-        typer.Option(
-            help="Order of the unlabelled class sizes against the labelled ones.", rich_help_panel=PANEL_DATA
-        ),
-    ] = IMAGES.distribution,
-    class_order: Annotated[
-        Literal["index", "shuffled"],
-        typer.Option(help="Head to tail by class index, or drawn from the seed.", rich_help_panel=PANEL_DATA),
-    ] = IMAGES.class_order,
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="lite0, lite2 (offline), a model of open_clip, timm:NAME, or a folder with a model of open_clip.",
-            rich_help_panel=PANEL_ENCODER,
-        ),
-    ] = "lite0",
-    pretrained: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TAG|FILE",
-            help="Its weights: a tag of open_clip or timm, or a checkpoint file.",
-            rich_help_panel=PANEL_ENCODER,
-        ),
-    ] = None,
-    space: Annotated[
-        Literal["joint", "visual"] | None,
-        typer.Option(
-            help="Features of CLIP: after its projection, or before it.",
-            show_default="the method's",
-            rich_help_panel=PANEL_ENCODER,
-        ),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Side of the input in pixels.",
-            show_default="the model's",
-            rich_help_panel=PANEL_ENCODER,
-        ),
-    ] = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Prompt with {} for the class name; repeat for an ensemble.",
-            show_default="the model's",
-            rich_help_panel=PANEL_ENCODER,
-        ),
-    ] = None,
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile the encoder.", rich_help_panel=PANEL_ENCODER)
-    ] = False,
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--gradient-checkpointing",
-            help="Less memory: compute activations again in the backward pass.",
-            rich_help_panel=PANEL_ENCODER,
-        ),
-    ] = False,
-    tuning: Annotated[
-        str | None,
-        typer.Option(
-            callback=_known_tuning,
-            metavar="NAME",
-            help="What of the encoder is trained: linear_probe (nothing), full, partial, adaptformer, adapter, lora,"
-            " lora_mlp, ssf, bitfit, ln_tune, vpt_shallow, vpt_deep.",
-            show_default="the method's",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Width or rank of the modules, or number of prompts.",
-            show_default="LIFT's rule",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = None,
-    blocks: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Tune only so many of the last blocks.",
-            show_default="all",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = None,
-    pipeline: Annotated[
-        str | None,
-        typer.Option(
-            callback=_known_pipeline,
-            metavar="NAME",
-            help="Augmentation: lift, lift_plus, finessl, loft, small (32 px).",
-            show_default="the method's",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Training steps.",
-            show_default=f"{TUNING.steps}, 0 for zero_shot",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = None,
-    labelled_batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Labelled images per step, of all processes.",
-            show_default=str(TUNING.labelled_batch),
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = None,
-    unlabelled_batch: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Unlabelled images per step, of all processes.",
-            show_default=f"{TUNING.unlabelled_batch}, 32 for finessl",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = None,
-    parts: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Encode a batch in so many parts: less memory.", rich_help_panel=PANEL_TRAINING
-        ),
-    ] = TUNING.parts,
-    optimizer: Annotated[
-        Literal["sgd", "adamw"], typer.Option(help="sgd has momentum 0.9.", rich_help_panel=PANEL_TRAINING)
-    ] = TUNING.optimizer,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Learning rate at the start; a cosine takes it to 0.",
-            show_default="the method's",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = None,
-    weight_decay: Annotated[
-        float, typer.Option(min=0, help="Weight decay.", rich_help_panel=PANEL_TRAINING)
-    ] = TUNING.weight_decay,
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16"],
-        typer.Option(
-            help="Of the encoder's products; weights and head stay float32.", rich_help_panel=PANEL_TRAINING
-        ),
-    ] = TUNING.precision,
-    ema: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            help="Evaluate a running mean of the weights that keeps this share per step; 0: the last weights.",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = TUNING.ema,
-    augment_on_device: Annotated[
-        bool,
-        typer.Option(
-            "--augment-on-device",
-            help="RandAugment on the device, where the processors cannot keep up with it.",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = TUNING.augment_on_device,
-    look_ahead: Annotated[
-        bool,
-        typer.Option(
-            "--look-ahead",
-            help="Pseudo-labels from the weights of the step before: strong views are made while a step runs.",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = TUNING.look_ahead,
-    shard: Annotated[
-        bool,
-        typer.Option(
-            "--shard",
-            help="Split encoder, gradients and optimizer over the processes (FSDP): less memory in each.",
-            rich_help_panel=PANEL_TRAINING,
-        ),
-    ] = TUNING.shard,
-    log_every: Annotated[
-        int,
-        typer.Option(min=1, help="Steps between two records of the history.", rich_help_panel=PANEL_TRAINING),
-    ] = TUNING.log_every,
-    crops: Annotated[
-        Literal["single", "five"] | None,
-        typer.Option(help="Views of a test image.", show_default="the method's", rich_help_panel=PANEL_RUN),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the split and of the training.", rich_help_panel=PANEL_RUN)
-    ] = TUNING.seed,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Threads that read images.",
-            show_default="one for each processor, at most 16",
-            rich_help_panel=PANEL_RUN,
-        ),
-    ] = None,
-    checkpoint_every: Annotated[
-        int, typer.Option(min=1, help="Steps between two checkpoints.", rich_help_panel=PANEL_RUN)
-    ] = 500,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Run folder.", show_default="runs/METHOD-finetuned", rich_help_panel=PANEL_RUN),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue from the checkpoint in the run folder.", rich_help_panel=PANEL_RUN
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace a run folder of another configuration.", rich_help_panel=PANEL_RUN
-        ),
-    ] = False,
-    device: Annotated[
-        Device, typer.Option(help="auto takes CUDA if there is a device.", rich_help_panel=PANEL_RUN)
-    ] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help=THREADS_HELP, rich_help_panel=PANEL_RUN)] = 0,
-    deterministic: Annotated[
-        bool,
-        typer.Option(
-            "--deterministic", help="Let torch use deterministic algorithms only.", rich_help_panel=PANEL_RUN
-        ),
-    ] = False,
-) -> None:
-    """Fine-tune an encoder with its head on images; write checkpoint, metrics, predictions and pictures.
-
-    Images come from a data set (--dataset), from folders (--labelled, --unlabelled, --test), from a table (--table), from
-    lists (--train-list, --test-list) or from ImageNet's pickles (--imagenet127).
-    Under torchrun several processes share every batch.
-    """
-    if resume and overwrite:
-        raise typer.BadParameter("expected --resume or --overwrite, got both")
-    preset = PRESETS[method]
-    given = {
-        "tuning": tuning,
-        "pipeline": pipeline,
-        "steps": steps,
-        "labelled_batch": labelled_batch,
-        "unlabelled_batch": unlabelled_batch,
-        "learning_rate": learning_rate,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    try:
-        images = Images(
-            dataset=dataset,
-            protocol=protocol,
-            labelled_largest=labelled_largest,
-            unlabelled_largest=unlabelled_largest,
-            imbalance=imbalance,
-            distribution=distribution,
-            class_order=class_order,
-            labelled=_text(labelled),
-            unlabelled=_text(unlabelled),
-            test=_text(test),
-            table=_text(table),
-            root=_text(root),
-            train_list=_text(train_list),
-            test_list=_text(test_list),
-            imagenet127=_text(imagenet127),
-            superclasses=_text(superclasses),
-            class_names=_text(class_names),
-            labelled_share=labelled_share,
-            seed=seed,
-        )
-        of_clip = model not in ("lite0", "lite2") and not model.startswith("timm:")
-        encoder = Encoder(
-            model=model,
-            pretrained=pretrained,
-            space=space or (preset.space if of_clip else "joint"),
-            size=size,
-            templates=tuple(template) if template else None,
-            compile=compile_,
-            gradient_checkpointing=gradient_checkpointing,
-        )
-        schedule = FineTuning(
-            **{**preset.tuning, **given},
-            width=width,
-            blocks=blocks,
-            parts=parts,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            precision=precision,
-            ema=ema,
-            augment_on_device=augment_on_device,
-            look_ahead=look_ahead,
-            shard=shard,
-            seed=seed,
-            log_every=log_every,
-        )
-        _set_threads(threads)
-        _set_deterministic(deterministic)
-        from ulfine_fast.learners import LEARNERS
-
-        chosen = _changed(LEARNERS[preset.learner], setting or [])
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    import torch
-
-    from ulfine_fast import image_experiment, report, run_folder
-    from ulfine_fast.distributed import process_group, world
-
-    here, chosen_device = world(), _device(device)
-    run_dir = out or Path("runs") / f"{method}-finetuned"
-    configuration = {
-        "images": asdict(images),
-        "encoder": asdict(encoder),
-        "name": method,
-        "method": asdict(chosen),
-        "schedule": schedule.identity(),
-        "crops": crops or preset.crops,
-    }
-    if chosen_device == "cuda":
-        torch.cuda.set_device(here.local_rank)
-    with process_group(here, torch.device(chosen_device)):
-        if here.leads:
-            run_folder.check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
-        console = _console(quiet=not here.leads)
-        data = image_experiment.load_images(images)
-        rows = image_experiment.class_rows(data)
-        console.print(report.split_report(rows, "Training images", len(data.unlabelled)))
-        for note in data.notes:
-            console.print(f"Note: {note}")
-        console.print(
-            f"Fine-tuning {method}: {preset.summary}; {model}, {schedule.tuning}, {schedule.steps} steps on"
-            f" {here.size} x {chosen_device}"
-        )
-        ctx.meta["run_dir"] = run_dir
-        outcome = image_experiment.run(
-            data,
-            encoder,
-            chosen,
-            schedule,
-            device=chosen_device,
-            world=here,
-            crops=configuration["crops"],
-            workers=workers,
-            run_dir=run_dir,
-            resume=resume,
-            checkpoint_every=checkpoint_every,
-            claim=run_folder.claim(run_dir, configuration, resume=resume) if here.leads else None,
-        )
-        if here.leads:
-            image_experiment.write_run(run_dir, configuration, data, outcome)
-    if getattr(chosen, "eta_folds", 0):
-        eta = image_experiment.chosen_eta(outcome.student)
-        console.print(f"eta {eta:g}, chosen on {chosen.eta_folds} folds of the labelled images")
-    cost = f"{outcome.training.seconds:.1f} s of training"
-    if outcome.training.history:
-        cost += f", {outcome.training.history[-1]['images_per_second']:,.0f} images/s"
-    if chosen_device == "cuda":
-        cost += f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of device memory"
-    console.print(f"Cost: {cost}")
-    _print_metrics(console, outcome.metrics, f"{method} after {outcome.training.steps} steps")
-    if data.report.summary():
-        console.print(f"Reading: {data.report.summary()}")
-    console.print(
-        f"Weights {outcome.digest}; wrote metrics.json, predictions.csv, pictures and the checkpoint to {run_dir}"
-    )
+app.command(epilog=finetune_command.EPILOG)(finetune_command.finetune)
 
 
 @app.command(
@@ -908,11 +315,11 @@ def evaluate(
     threads: Threads = 0,
 ) -> None:
     """Load the checkpoint of a run, evaluate it on the test set, write evaluation.json."""
-    _set_threads(threads)
+    set_threads(threads)
     from ulfine_fast import experiment, report, run_folder
 
     configuration = run_folder.read_configuration(run_dir)
-    chosen_device = _device(device)
+    chosen_device = usable_device(device)
     if "images" in configuration:
         from ulfine_fast import image_experiment
 
@@ -927,8 +334,8 @@ def evaluate(
         run_dir / run_folder.EVALUATION,
         {**experiment.surroundings(), "units": experiment.UNITS, "steps": steps, "metrics": metrics},
     )
-    console = _console()
-    _print_metrics(console, metrics, f"{configuration['name']} after {steps} steps")
+    console = make_console()
+    print_metrics(console, metrics, f"{configuration['name']} after {steps} steps")
     console.print(f"Wrote {run_folder.EVALUATION} to {run_dir}")
 
 
@@ -947,7 +354,7 @@ def export(
     if "images" not in configuration:
         raise ValueError(f"{run_dir}: expected a run of finetune, got one on cached features")
     image_experiment.export_run(run_dir, configuration, out)
-    _console().print(f"Wrote {out}")
+    make_console().print(f"Wrote {out}")
 
 
 @app.command(epilog="Example: [bold]ulfine-fast info --json[/bold]")
@@ -964,7 +371,7 @@ def info(
     folder = default_cache_dir()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     known = versions()
-    device = _device("auto")
+    device = usable_device("auto")
     record = {
         "version": known["ulfine_fast"],
         "versions": known,
@@ -1000,7 +407,7 @@ def _print_info(record: dict[str, Any]) -> None:
 
     from ulfine_fast.fastest import FASTEST
 
-    console = _console()
+    console = make_console()
     versions = ", ".join(
         f"{name} {value}" for name, value in record["versions"].items() if name != "ulfine_fast"
     )
@@ -1025,40 +432,6 @@ def _print_info(record: dict[str, Any]) -> None:
     )
 
 
-def _console(*, quiet: bool = False) -> Console:
-    from rich.console import Console
-
-    # Piped output keeps its tables whole.
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
-    return Console(width=width, highlight=False, quiet=quiet)
-
-
-def _set_threads(threads: int) -> None:
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _set_deterministic(deterministic: bool) -> None:
-    if deterministic:
-        import torch
-
-        # cuBLAS is deterministic with a fixed workspace only
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: expected a CUDA device, got none; use --device cpu")
-    return name
-
-
 def _backend(requested: str, device: str) -> str:
     """What runs the ops, for people; raises if `requested` cannot run on `device`."""
     import torch
@@ -1070,31 +443,6 @@ def _backend(requested: str, device: str) -> str:
         return automatic(device)
     name = choose("head_loss", torch.empty(0, device=device), 1, torch.float32, requested)
     return f"cpp ({_native.isa()})" if name == "cpp" else name
-
-
-def _changed(method: Any, settings: list[str]) -> Any:
-    """The config `method` with FIELD=VALUE settings; ValueError for an unknown field or a value of another type."""
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set: expected FIELD=VALUE, got {setting!r}")
-        if name not in _settings(method):
-            raise ValueError(f"--set: expected one of {', '.join(_settings(method))}, got {name!r}")
-        kind = type(getattr(method, name))
-        if kind is bool:
-            if text not in ("true", "false"):
-                raise ValueError(f"--set {name}: expected true or false, got {text!r}")
-            changes[name] = text == "true"
-        else:
-            try:
-                changes[name] = kind(text)
-            except ValueError as error:
-                raise ValueError(f"--set {name}: expected {kind.__name__}, got {text!r}") from error
-    if "eta" in changes and hasattr(method, "eta_folds"):
-        # A preset that would choose it takes the one that is given.
-        changes.setdefault("eta_folds", 0)
-    return replace(method, **changes)
 
 
 def _check_demo_folder(out: Path) -> None:
@@ -1109,12 +457,6 @@ def _check_demo_folder(out: Path) -> None:
     if others:
         raise FileExistsError(f"{out}: expected an empty folder or that of a demo, got {others[0]} in it")
     run_folder.check_writable(out)
-
-
-def _print_metrics(console: Console, metrics: dict[str, dict[str, Any]], title: str) -> None:
-    from ulfine_fast.report import branch_table
-
-    console.print(branch_table(metrics, title))
 
 
 def main() -> None:

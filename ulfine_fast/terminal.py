@@ -1,0 +1,143 @@
+"""What the commands of `ulfine-fast` share: failures in a line, common options, the console."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+PANEL_DATA, PANEL_ENCODER, PANEL_TRAINING, PANEL_RUN = "Data", "Encoder", "Training", "Run"
+Device = Literal["auto", "cpu", "cuda"]
+THREADS_HELP = "CPU threads; 0 takes torch's choice (results may differ in the last bit)."
+Threads = Annotated[int, typer.Option(min=0, help=THREADS_HELP)]
+
+
+class Commands(TyperGroup):
+    """Turns failures into one or two lines and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except typer.BadParameter as error:
+            # typer's messages on ranges and types say what was expected, its cause knows what came
+            for problem in getattr(error.__cause__, "errors", list)()[:1]:
+                if repr(problem["input"]) not in error.message:
+                    error.message += f", got {problem['input']}"
+            raise
+        except KeyboardInterrupt:
+            again = "; nothing was half written, run the same command again"
+            say("stopped by Ctrl-C" + (how_to_resume(ctx) or again))
+        except FAILURES as error:
+            if ctx.params.get("traceback"):
+                raise
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            # a full disk, say: what was written before is whole
+            how_on = how_to_resume(ctx) if isinstance(error, OSError) else ""
+            say("error: " + "\n".join(lines[: 1 if how_on else 2]) + how_on)
+        raise typer.Exit(1)
+
+
+def say(text: str) -> None:
+    """Print a line on standard error."""
+    typer.echo(text, err=True)
+
+
+def how_to_resume(ctx: Any) -> str:
+    """How to go on from the checkpoint; empty where there is none."""
+    from ulfine_fast.checkpoint import CHECKPOINT
+
+    run_dir = ctx.meta.get("run_dir")
+    if run_dir is None or not (run_dir / CHECKPOINT).exists():
+        return ""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "; continue from the last checkpoint with the same torchrun command and --resume"
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    command = shlex.join(["ulfine-fast", *words, "--resume"])
+    return f"; continue from the last checkpoint with:\n  {command}"
+
+
+def settings_of(config: Any) -> list[str]:
+    """Names of the fields that `--set` can change."""
+    return [field.name for field in fields(config) if field.name != "summary"]
+
+
+def changed(method: Any, settings: list[str]) -> Any:
+    """The config `method` with FIELD=VALUE settings; ValueError for an unknown field or a value of another type."""
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected FIELD=VALUE, got {setting!r}")
+        if name not in settings_of(method):
+            raise ValueError(f"--set: expected one of {', '.join(settings_of(method))}, got {name!r}")
+        kind = type(getattr(method, name))
+        if kind is bool:
+            if text not in ("true", "false"):
+                raise ValueError(f"--set {name}: expected true or false, got {text!r}")
+            changes[name] = text == "true"
+        else:
+            try:
+                changes[name] = kind(text)
+            except ValueError as error:
+                raise ValueError(f"--set {name}: expected {kind.__name__}, got {text!r}") from error
+    if "eta" in changes and hasattr(method, "eta_folds"):
+        # A preset that would choose it takes the one that is given.
+        changes.setdefault("eta_folds", 0)
+    return replace(method, **changes)
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """A console for standard output; a quiet one prints nothing."""
+    from rich.console import Console
+
+    # Piped output keeps its tables whole.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
+    return Console(width=width, highlight=False, quiet=quiet)
+
+
+def set_threads(threads: int) -> None:
+    """Let torch use so many threads; 0 leaves them as they are."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def set_deterministic(deterministic: bool) -> None:
+    """Let torch use deterministic algorithms only, if that is asked for."""
+    if deterministic:
+        import torch
+
+        # cuBLAS is deterministic with a fixed workspace only
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def usable_device(name: str) -> str:
+    """The device that a name of `Device` stands for; RuntimeError for a CUDA device that is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: expected a CUDA device, got none; use --device cpu")
+    return name
+
+
+def print_metrics(console: Console, metrics: dict[str, dict[str, Any]], title: str) -> None:
+    """Print the table of the branches of a run."""
+    from ulfine_fast.report import branch_table
+
+    console.print(branch_table(metrics, title))
