@@ -713,3 +713,26 @@ def test_without_unlabelled_images_only_labelled_ones_are_read():
     result = run(student_of("lift"), views=OnlyLabelled(DATA, SHORT))
     assert result.history[-1]["rows_encoded"] == result.history[-1]["rows_trained"] == 16
     assert "pseudo_labels" not in result.history[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_device_learns_what_the_processor_learns(precision, tmp_path):
+    schedule = replace(SHORT, precision=precision)
+    on_cpu = student_of()
+    run(on_cpu)
+
+    def trained(**options):
+        student = student_of(precision=precision).to("cuda")
+        run(student, schedule, views=FeatureViews(DATA, schedule, "cuda"), **options)
+        return student
+
+    first, second = trained(run_dir=tmp_path, checkpoint_every=4), trained()
+    assert digest_of(weights(first)) == digest_of(weights(second))
+    found = {name: tensor.cpu() for name, tensor in weights(first).items()}
+    assert_close(weights(on_cpu), found, 1e-3 if precision == "fp32" else 0.05)
+    # the checkpoint of a device goes on where there is none
+    again = student_of(precision=precision)
+    run(again, schedule, run_dir=tmp_path, checkpoint_every=4, resume=True)
+    assert digest_of(weights(again)) == digest_of(found)
