@@ -24,7 +24,8 @@ from ulfine_fast.config import METHODS, FineTuning, Schedule
 from ulfine_fast.distributed import World
 from ulfine_fast.finetune import Engine, Student, finetune
 from ulfine_fast.learners import LEARNERS, build_learner
-from ulfine_fast.trainer import CHECKPOINT, build_head, labelled_log_prior, train
+from ulfine_fast.losses import labelled_log_prior
+from ulfine_fast.trainer import CHECKPOINT, build_head, train
 
 DATA = small_data(protocol="acr")
 SHORT = FineTuning(steps=8, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=3)

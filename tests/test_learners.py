@@ -24,14 +24,13 @@ from ulfine_fast.learners.freematch import FreeMatchConfig
 from ulfine_fast.learners.learner import confident, consistency
 from ulfine_fast.learners.loft import LoftConfig
 from ulfine_fast.learners.running import RunningSum, class_sums
-from ulfine_fast.losses import LOSSES, one_hot
+from ulfine_fast.losses import LOSSES, labelled_log_prior, one_hot
 from ulfine_fast.trainer import (
     MOMENTUM,
     Batches,
     LabelledClasses,
     build_head,
     build_optimizer,
-    labelled_log_prior,
     train_step,
 )
 

@@ -30,6 +30,7 @@ from ulfine_fast.checkpoint import (
 )
 from ulfine_fast.config import FineTuning, Method, Schedule
 from ulfine_fast.head import DualHead
+from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.metrics import classification_metrics, pseudo_label_metrics
 from ulfine_fast.splits import groups_by_rank
 
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 MOMENTUM = 0.9
-# A class without labelled images has log 1e-12 for its prior; an adjustment by kept pseudo-labels is milder.
-SMALLEST_PRIOR = 1e-12
+# An adjustment by kept pseudo-labels is milder than one by the labelled prior, see `labelled_log_prior`.
 SMALLEST_KEPT_SHARE = 1e-4
 MOST_SKIPS = 20
 # One class with more than this share of P_u is worth a warning.
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
 
 class LabelledClasses(NamedTuple):
-    """How the labelled images of the training set spread over the classes; see `labelled_log_prior`."""
+    """How the labelled images of the training set spread over the classes; see `losses.labelled_log_prior`."""
 
     counts: Tensor  # [C] int64
     log_prior: Tensor  # [C] float32
@@ -98,7 +98,7 @@ def train_step(
     state = head.state
     if first:
         scales_before = state.branch_scale.clone(), state.measured.clone()
-        _measure(head, batch.weak, method)
+        measure_scales(head, batch.weak, method)
     loss, pseudo = head.step_loss(
         torch.cat([batch.labelled, batch.strong]),
         batch.weak,
@@ -106,7 +106,7 @@ def train_step(
         method.threshold,
         weak_adjustment=weak_adjustment(state, method),
         adjustment=method.adjust_labelled * classes.log_prior,
-        strong_adjustment=_strong_adjustment(state, method, classes.log_prior),
+        strong_adjustment=strong_adjustment(state, method, classes.log_prior),
         temperature=method.temperature,
         scale_rows=method.scale_rows,
         unlabelled_weight=method.unlabelled_weight,
@@ -152,7 +152,7 @@ def train_step(
     return StepReport(loss.detach(), pseudo.keep.sum() / max(len(batch.weak), 1), finite)
 
 
-def _measure(head: DualHead, weak: Tensor, method: Method) -> None:
+def measure_scales(head: DualHead, weak: Tensor, method: Method) -> None:
     """Take the first ratio of scales from the first batch, before anything is fused with it."""
     if len(weak):
         scales = head.pseudo_label(weak, method.threshold, scale_rows=method.scale_rows).branch_scale
@@ -164,7 +164,7 @@ def weak_adjustment(state: PrototypeState, method: Method) -> Tensor | None:
     return method.prior_shift * state.log_distribution() if method.prior_shift else None
 
 
-def _strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor) -> Tensor | None:
+def strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor) -> Tensor | None:
     """Logit adjustment [C] of the strong rows, None for none."""
     if method.adjust_unlabelled == "labelled":
         return method.adjust_labelled * log_prior
@@ -179,12 +179,6 @@ def _log_kept(state: PrototypeState) -> Tensor:
     """[C] logarithm of the prior of the kept pseudo-labels; uniform, which adjusts nothing, before the first."""
     kept = state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
     return (kept / kept.sum()).log()
-
-
-def labelled_log_prior(labelled_counts: Tensor) -> Tensor:
-    """[C] float32 log(n_k / sum n); log 1e-12 for a class without labelled images."""
-    counts = labelled_counts.to(torch.float64)
-    return (counts / counts.sum()).clamp_min(SMALLEST_PRIOR).log().float()
 
 
 def build_head(prototypes: Tensor, method: Method, seed: int = 0) -> DualHead:
@@ -478,7 +472,7 @@ def _terms(
     """Labelled cross-entropy and orthogonality of the batch before its step."""
     if first:
         head = copy.deepcopy(head)
-        _measure(head, batch.weak, method)
+        measure_scales(head, batch.weak, method)
     adjustment = method.adjust_labelled * log_prior
     return head.loss(batch.labelled, batch.targets, adjustment=adjustment), head.orthogonality()
 

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from ulfine_fast.config import METHODS, Method
 from ulfine_fast.learners.learner import Learner, Pseudo
-from ulfine_fast.losses import LOSSES, one_hot
+from ulfine_fast.losses import LOSSES, labelled_log_prior, one_hot
 from ulfine_fast.ops import PseudoLabels, proto_logits
 from ulfine_fast.trainer import (
     BRANCHES,
-    _measure,
-    _strong_adjustment,
     build_head,
-    labelled_log_prior,
+    measure_scales,
     only,
+    strong_adjustment,
     weak_adjustment,
 )
 
@@ -79,7 +78,7 @@ class Dual(Learner):
     @torch.no_grad()
     def start(self, weak: Tensor) -> None:
         """Measure the branch scales before anything is fused with their ratio."""
-        _measure(self.head, weak, self.config)
+        measure_scales(self.head, weak, self.config)
 
     @torch.no_grad()
     def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
@@ -119,7 +118,7 @@ class Dual(Learner):
             strong,
             pseudo.target[rows],
             pseudo.weight[rows] / (self.views * max(len(pseudo.label), 1)),
-            adjustment=_strong_adjustment(self.head.state, config, self.log_prior),
+            adjustment=strong_adjustment(self.head.state, config, self.log_prior),
         )
         if config.orthogonality_weight:
             loss = loss + config.orthogonality_weight * self.head.orthogonality()
