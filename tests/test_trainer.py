@@ -320,7 +320,7 @@ def test_every_method_trains(name):
     data = small_data()
     head, result = small_run(METHODS[name], data=data)
     metrics = evaluate(head, data.test, data.test_labels, data.labelled_counts)
-    assert metrics["fused"]["overall"] > 0.8
+    assert metrics["fused"]["overall"] >= 0.8
     assert result.steps == (SCHEDULE.steps if METHODS[name].trained else 0)
     unlabelled = METHODS[name].unlabelled_weight > 0
     assert all(("pseudo_labels" in record) == unlabelled for record in result.history)

@@ -31,10 +31,11 @@ def classification_metrics(
 
     Returns:
         overall: correct / N. macro: mean of the per-class accuracies. macro_f1: mean F1 of the classes that have
-        test images or predictions. per_class: list [C], None for a class without test images. worst, harmonic_mean, geometric_mean: over the classes that have
-        some, accuracies floored at 1e-5 in the two means. by_rank, by_count: mean per-class accuracy of
-        "many", "medium" and "few" classes, by thirds of the labelled rank and by labelled count (> 100,
-        20..100, < 20). calibration_error: expected calibration error in 15 equal bins of the confidence.
+        test images or predictions. per_class: list [C], None for a class without test images. worst,
+        harmonic_mean, geometric_mean: over the classes that have some, accuracies floored at 1e-5 in the two
+        means. by_rank, by_count: mean per-class accuracy of "many", "medium" and "few" classes, by thirds of the
+        labelled rank and by labelled count (> 100, 20..100, < 20). calibration_error: expected calibration error
+        in 15 equal bins of the confidence.
 
     Raises:
         ValueError: no rows, lengths that differ, a class or a confidence outside its range.

@@ -22,9 +22,7 @@ from torch.nn import functional as F
 from ulfine_fast.capture import CapturedStep, device_of
 from ulfine_fast.checkpoint import (
     CHECKPOINT,
-    CheckpointError,
     digest,
-    first_difference,
     load_checkpoint,
     save_checkpoint,
 )
@@ -213,10 +211,16 @@ def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch
     a gradient and they are left out. On a CUDA device the learning rate is a tensor there, so that a captured
     step reads it.
     """
-    groups = [{"params": [head.linear], "weight_decay": schedule.weight_decay}]
+    groups = parameter_groups(head, method, schedule.weight_decay)
+    return fused_optimizer(groups, schedule.optimizer, schedule.learning_rate)
+
+
+def parameter_groups(head: DualHead, method: Method, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of `build_optimizer`."""
+    groups = [{"params": [head.linear], "weight_decay": weight_decay}]
     if method.orthogonality_weight:
         groups.append({"params": [head.state.textual], "weight_decay": 0.0})
-    return fused_optimizer(groups, schedule.optimizer, schedule.learning_rate)
+    return groups
 
 
 def fused_optimizer(groups: list[dict[str, Any]], kind: str, rate: float) -> torch.optim.Optimizer:
@@ -427,8 +431,7 @@ def train(
                 report = captured(batch)
             else:
                 report = train_step(head, optimizer, batch, method, classes, first=step == 0)
-            row = torch.where(report.finite, 0, skips[0] + 1)
-            skips = torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~report.finite])
+            skips = count_skips(skips, report.finite)
             if log:
                 record = _record(step, schedule, method, report, terms, skips)
                 if quality is not None:
@@ -437,7 +440,7 @@ def train(
                 result.history.append(record)
                 bar.set_postfix(loss=record["loss_labelled"], refresh=False)
             if log or (step + 1) % MOST_SKIPS == 0:
-                _check_skips(skips, step)
+                check_skips(skips, step, "check the features for NaN, or lower the learning rate")
             bar.update()
             result.steps = step + 1
             if path is not None and result.steps % checkpoint_every == 0 and result.steps < steps:
@@ -515,12 +518,22 @@ def _warn_of_collapse(record: dict[str, Any], history: list[dict[str, Any]]) -> 
         )
 
 
-def _check_skips(skips: Tensor, step: int) -> None:
+def count_skips(skips: Tensor, finite: Tensor) -> Tensor:
+    """The steps that changed nothing, in a row, the longest row and all, [3] int64, after one more step.
+
+    finite: [] bool; nothing waits for the device to know.
+    """
+    row = torch.where(finite, 0, skips[0] + 1)
+    return torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~finite])
+
+
+def check_skips(skips: Tensor, step: int, remedy: str) -> None:
+    """RuntimeError, with a `remedy`, where `count_skips` says that 20 steps in a row changed nothing."""
     longest = int(skips[1])
     if longest >= MOST_SKIPS:
         raise RuntimeError(
             f"training stopped at step {step + 1}: loss or gradient was not finite in {longest} steps in a row;"
-            " check the features for NaN, or lower the learning rate"
+            f" {remedy}"
         )
 
 
@@ -554,10 +567,7 @@ def _save(
 def _restore(
     path: Path, identity: dict[str, Any], head: DualHead, optimizer: torch.optim.Optimizer, skips: Tensor
 ) -> TrainResult:
-    tensors, record = load_checkpoint(path)
-    difference = first_difference({name: record.get(name) for name in identity}, identity)
-    if difference:
-        raise CheckpointError(f"{path} belongs to another run: {difference}")
+    tensors, record = load_checkpoint(path, identity)
     load_head(head, tensors)
     load_optimizer(optimizer, tensors)
     skips.copy_(tensors["skips"])
@@ -603,16 +613,18 @@ class Predictions(NamedTuple):
     confidence: Tensor  # [N] float32, softmax probability of the label
 
 
+def most_likely(logits: Tensor) -> Predictions:
+    """The class of the highest logit in each row of [N, C], and its softmax probability, at most 1."""
+    top, label = logits.max(-1)
+    return Predictions(label.cpu(), (top - logits.logsumexp(-1)).exp().clamp_max(1.0).cpu())
+
+
 def predict(head: DualHead, features: Tensor, branch: str = "fused", *, chunk: int = CHUNK) -> Predictions:
     """Predictions for features [N, D]; `branch` is "fused", "linear" or "text". Holds [chunk, C] logits."""
     if branch not in BRANCHES:
         raise ValueError(f"predict: branch must be one of {', '.join(BRANCHES)}, got {branch!r}")
     reading = only(head, BRANCHES[branch])
-    parts = []
-    for rows in features.split(chunk):
-        logits = reading(rows.to(head.linear.device))
-        top, label = logits.max(-1)
-        parts.append((label.cpu(), (top - logits.logsumexp(-1)).exp().cpu()))
+    parts = [most_likely(reading(rows.to(head.linear.device))) for rows in features.split(chunk)]
     return Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

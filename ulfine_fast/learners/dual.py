@@ -22,6 +22,7 @@ from ulfine_fast.trainer import (
     build_head,
     measure_scales,
     only,
+    parameter_groups,
     strong_adjustment,
     weak_adjustment,
 )
@@ -197,12 +198,9 @@ class Dual(Learner):
         """See `DualHead.folded`."""
         return self.head.folded()
 
-    def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The linear probe, and the textual prototypes if they are learned: their unit rows need no decay."""
-        groups = [{"params": [self.head.linear], "lr": learning_rate, "weight_decay": weight_decay}]
-        if self.config.orthogonality_weight:
-            groups.append({"params": [self.head.state.textual], "lr": learning_rate, "weight_decay": 0.0})
-        return groups
+        return parameter_groups(self.head, self.config, weight_decay)
 
     def distribution(self) -> Tensor | None:
         """[C] P_u."""
