@@ -14,7 +14,9 @@ import re
 import struct
 import threading
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -201,10 +203,10 @@ class JoinedImages:
 
     def __init__(self, sources: Sequence[ImageSource]) -> None:
         self._sources = tuple(sources)
-        self._ends = np.cumsum([len(source) for source in sources])
+        self._ends = list(accumulate(map(len, sources)))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def name(self, index: int) -> str:
         """The name that the image has in its own source."""
@@ -217,8 +219,8 @@ class JoinedImages:
         return source.read(row, at_least)
 
     def _at(self, index: int) -> tuple[ImageSource, int]:
-        source = int(np.searchsorted(self._ends, index, side="right"))
-        return self._sources[source], index - int(self._ends[source - 1] if source else 0)
+        source = bisect_right(self._ends, index)
+        return self._sources[source], index - (self._ends[source - 1] if source else 0)
 
 
 class ChosenImages:
