@@ -176,11 +176,7 @@ class ImageArray:
     """
 
     def __init__(self, images: np.ndarray, name: str, invert: bool = False) -> None:
-        shape = images.shape
-        if images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
-            raise ValueError(
-                f"ImageArray {name}: images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {shape}"
-            )
+        check_pixels(f"ImageArray {name}", images)
         self._images = images
         self._name = name
         self._invert = invert
@@ -196,6 +192,13 @@ class ImageArray:
         """The image in mode RGB and full size."""
         pixels = self._images[index]
         return Image.fromarray(255 - pixels if self._invert else pixels).convert("RGB")
+
+
+def check_pixels(who: str, images: np.ndarray) -> None:
+    """ValueError that begins with `who` unless `images` is uint8 [N, H, W] (grey) or [N, H, W, 3] (RGB)."""
+    shape = images.shape
+    if images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
+        raise ValueError(f"{who}: images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {shape}")
 
 
 class JoinedImages:
