@@ -11,7 +11,6 @@ from ulfine_fast import augment
 from ulfine_fast.augment import (
     PIPELINES,
     build_pipeline,
-    epoch_progress,
     five_crops,
     smallest_area,
     sufficient_side,
@@ -62,7 +61,6 @@ def test_every_view_of_every_shape(name, shape) -> None:
                 assert torch.equal(got, draw(picture, name, kind, size=size, progress=progress))
     assert augment.test_views(picture, PIPELINES[name], 32).shape == (1, 3, 32, 32)
     assert five_crops(picture, 32, 16).shape == (5, 3, 32, 32)
-    assert augment.ten_crops(picture, 32, 16).shape == (10, 3, 32, 32)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -224,14 +222,11 @@ def test_a_picture_of_the_right_size_is_tested_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(("patch", "margin"), [(14, 21), (16, 24), (32, 24), (None, 24)])
-def test_five_and_ten_crops(patch, margin) -> None:
+def test_five_crops(patch, margin) -> None:
     picture = photograph(131, 90)
     expected = F.five_crop(F.resize(picture, [56 + margin]), [56])
     got = five_crops(picture, 56, patch)
     assert furthest(got, torch.stack([pixels(crop) for crop in expected])) <= ROUNDING
-    ten = augment.ten_crops(picture, 56, patch)
-    assert torch.equal(ten[:5], got)
-    assert torch.equal(ten[5:], got.flip(-1))
     bicubic = five_crops(picture, 56, patch, resampling=Image.Resampling.BICUBIC)
     assert not torch.equal(bicubic, got)
 
@@ -318,11 +313,6 @@ def test_no_test_view_of_a_picture_with_the_sufficient_side_is_enlarged(size, en
     for patch in (14, 16):
         five_crops(picture, size, patch)
     assert 0.9 < max(enlarged) <= 1
-
-
-def test_progress_of_epochs() -> None:
-    assert [epoch_progress(epoch, 5) for epoch in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert epoch_progress(0, 1) == 0.0
 
 
 def test_build_pipeline() -> None:

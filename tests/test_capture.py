@@ -14,12 +14,12 @@ from tolerances import assert_same_bits
 from ulfine_fast import capture, trainer, use_backend
 from ulfine_fast.capture import CapturedStep
 from ulfine_fast.config import METHODS, Schedule
+from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.trainer import (
     Batches,
     LabelledClasses,
     build_head,
     build_optimizer,
-    labelled_log_prior,
     train,
     train_step,
 )

@@ -22,9 +22,10 @@ from ulfine_fast.batches import FeatureViews
 from ulfine_fast.checkpoint import CheckpointError, digest_of, load_checkpoint
 from ulfine_fast.config import METHODS, FineTuning, Schedule
 from ulfine_fast.distributed import World
-from ulfine_fast.finetune import Engine, Student, finetune
+from ulfine_fast.finetune import Engine, Student, finetune, load_tuned_tensors, tuned_tensors
 from ulfine_fast.learners import LEARNERS, build_learner
-from ulfine_fast.trainer import CHECKPOINT, build_head, labelled_log_prior, train
+from ulfine_fast.losses import labelled_log_prior
+from ulfine_fast.trainer import CHECKPOINT, build_head, train
 
 DATA = small_data(protocol="acr")
 SHORT = FineTuning(steps=8, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=3)
@@ -692,12 +693,27 @@ def test_a_single_process_has_nothing_to_shard_over():
         run(student_of(), SHARDED)
 
 
+@pytest.mark.parametrize("name", ["tower.layer.weight", "learner.head.linear"])
+def test_tensors_of_another_student_are_refused_before_one_is_written(name):
+    student = student_of()
+    before = weights(student)
+    for change, got in (({name: torch.zeros(2, 3)}, r"\[2, 3\]"), ({}, "none")):
+        tensors = {key: tensor + 1 for key, tensor in tuned_tensors(student_of()).items() if key != name}
+        with pytest.raises(
+            CheckpointError, match=rf"expected {name} \[\d+, 16\] in the checkpoint, got {got}"
+        ):
+            load_tuned_tensors(student, tensors | change)
+    assert all(torch.equal(before[key], tensor) for key, tensor in student.state_dict().items())
+
+
 def test_history_says_what_happened():
     result = run(student_of())
     assert [record["step"] for record in result.history] == [3, 6, 8]
     record = result.history[-1]
     assert record["images_per_second"] > 0
     assert record["skipped"] == 0
+    # C numbers, which a run keeps once and not in every record
+    assert ["distribution" in record for record in result.history] == [False, False, True]
     assert len(record["distribution"]) == 6
     quality = record["pseudo_labels"]["fused"]
     assert 0 < quality["acceptance"] < 1

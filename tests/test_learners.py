@@ -24,14 +24,13 @@ from ulfine_fast.learners.freematch import FreeMatchConfig
 from ulfine_fast.learners.learner import confident, consistency
 from ulfine_fast.learners.loft import LoftConfig
 from ulfine_fast.learners.running import RunningSum, class_sums
-from ulfine_fast.losses import LOSSES, one_hot
+from ulfine_fast.losses import LOSSES, labelled_log_prior, one_hot
 from ulfine_fast.trainer import (
     MOMENTUM,
     Batches,
     LabelledClasses,
     build_head,
     build_optimizer,
-    labelled_log_prior,
     train_step,
 )
 
@@ -92,7 +91,7 @@ def train(learner, data, optimizer, steps, total=30):
 
 
 def sgd(learner, rate=0.01):
-    return torch.optim.SGD(learner.groups(rate, 5e-4), lr=rate, momentum=MOMENTUM)
+    return torch.optim.SGD(learner.groups(5e-4), lr=rate, momentum=MOMENTUM)
 
 
 def accuracy(learner, data):
@@ -140,7 +139,7 @@ def test_the_gradient_reaches_features_and_parameters(name):
     assert labelled.grad.isfinite().all() and labelled.grad.any(-1).all()
     if learner.semi and len(rows):
         assert features.grad.isfinite().all() and features.grad.any()
-    for group in learner.groups(0.1, 5e-4):
+    for group in learner.groups(5e-4):
         assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in group["params"])
 
 
@@ -351,8 +350,7 @@ def test_the_first_branch_predicts_and_folding_is_exact(name):
 def test_unit_rows_and_scales_do_not_decay(name):
     learner, _ = built(CONFIGS[name])
     decays = {}
-    for group in learner.groups(0.1, 0.02):
-        assert group["lr"] == 0.1
+    for group in learner.groups(0.02):
         decays |= {id(p): group["weight_decay"] for p in group["params"]}
     names = {name: decays[id(p)] for name, p in learner.named_parameters() if id(p) in decays}
     exempt = {"head.state.textual", "head.log_scale", "auxiliary.log_scale"}
@@ -460,7 +458,9 @@ def test_a_step_is_that_of_the_trainer(name):
     optimizer = build_optimizer(head, method, schedule)
     classes = LabelledClasses(data.labelled_counts, labelled_log_prior(data.labelled_counts))
     learner, _ = built(DualConfig(**vars(method)), data)
-    other = torch.optim.SGD(learner.groups(schedule.learning_rate, schedule.weight_decay), momentum=MOMENTUM)
+    other = torch.optim.SGD(
+        learner.groups(schedule.weight_decay), lr=schedule.learning_rate, momentum=MOMENTUM
+    )
     batches = Batches(data, method, schedule, torch.device("cpu"))
     for step in range(5):
         batch = batches(step)

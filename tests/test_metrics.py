@@ -5,6 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+)
 
 from ulfine_fast.metrics import classification_metrics, group_means, mean_and_std, pseudo_label_metrics
 
@@ -38,6 +43,27 @@ def test_every_accuracy_of_a_hand_computed_case():
         2 * p * r / (p + r) if p + r else 0 for p, r in zip([0.5, 2 / 3, 1, 1, 1, 0], per_class, strict=True)
     ]
     assert got["macro_f1"] == pytest.approx(np.mean(f1))
+
+
+def test_figures_are_those_of_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    # class 3 has no image, class 5 is never predicted, class 4 has neither
+    truth = torch.tensor([0, 1, 2, 5])[torch.randint(4, (200,), generator=generator)]
+    label = torch.randint(4, (200,), generator=generator)
+    got = classification_metrics(label, torch.ones(200), truth, COUNTS)
+    assert got["overall"] == pytest.approx(float(multiclass_accuracy(label, truth, 6, average="micro")))
+    assert got["macro_f1"] == pytest.approx(float(multiclass_f1_score(label, truth, 6, average="macro")))
+    confusion = multiclass_confusion_matrix(label, truth, 6).double()
+    share = confusion.diagonal() / confusion.sum(1)
+    assert got["per_class"] == [*share[:3].tolist(), None, None, 0.0]
+
+
+def test_memory_is_linear_in_the_classes():
+    """A confusion matrix of so many classes would be 320 GB."""
+    label, truth = tensors([0, 199_999, 7], [0, 199_999, 8])
+    got = classification_metrics(label, torch.ones(3), truth, np.ones(200_000, dtype=np.int64))
+    assert got["macro"] == pytest.approx(2 / 3)
+    assert got["macro_f1"] == pytest.approx(2 / 4)
 
 
 def test_calibration_error_of_two_bins():

@@ -135,16 +135,8 @@ def sufficient_side(pipeline: Pipeline, size: int, progress: float) -> int:
 
 
 def sufficient_test_side(size: int) -> int:
-    """Short side from which on none of `test_views`, `five_crops` and `ten_crops` enlarges a picture."""
+    """Short side from which on `test_views` and `five_crops` do not enlarge a picture."""
     return max(_enlarged(size), size + _FIVE_CROPS_MARGIN)
-
-
-def epoch_progress(epoch: int, epochs: int) -> float:
-    """u = epoch / (epochs - 1), from 0 in the first epoch to 1 in the last; 0 where there is only one.
-
-    The last rule is ours: LIFT+ divides by zero there.
-    """
-    return epoch / (epochs - 1) if epochs > 1 else 0.0
 
 
 def view(
@@ -220,18 +212,6 @@ def five_crops(
     corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), centre]
     crops = [channels_first(_window(image, scaled, corner, size, resampling)) for corner in corners]
     return torch.from_numpy(np.stack(crops))
-
-
-def ten_crops(
-    image: Image.Image,
-    size: int,
-    patch: int | None = None,
-    *,
-    resampling: Image.Resampling = Image.Resampling.BILINEAR,
-) -> Tensor:
-    """`five_crops` and their mirror images: uint8 [10, 3, size, size]."""
-    crops = five_crops(image, size, patch, resampling=resampling).numpy()
-    return torch.from_numpy(np.concatenate([crops, crops[..., ::-1]]))
 
 
 def channels_first(picture: Image.Image) -> np.ndarray:

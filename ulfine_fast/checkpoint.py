@@ -66,8 +66,14 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
         temporary.write_bytes(save(tensors, metadata))
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of `path`. CheckpointError, naming the file, if it is damaged or of another format."""
+def load_checkpoint(
+    path: Path, identity: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of `path`.
+
+    CheckpointError, naming the file, if it is damaged or of another format, or if a field of `identity` is not the
+    same in the record.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -80,7 +86,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: damaged checkpoint: {cause}") from cause
     if metadata["format"] != str(FORMAT):
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {metadata['format']}")
-    return tensors, json.loads(metadata["record"])
+    record = json.loads(metadata["record"])
+    difference = first_difference({name: record.get(name) for name in identity or ()}, identity or {})
+    if difference:
+        raise CheckpointError(f"{path} belongs to another run: {difference}")
+    return tensors, record
 
 
 def first_difference(saved: Any, now: Any, name: str = "") -> str | None:

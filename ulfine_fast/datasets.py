@@ -22,7 +22,15 @@ import numpy as np
 from ulfine_fast.assets import asset
 from ulfine_fast.cache import default_cache_dir
 from ulfine_fast.image_data import UNKNOWN, ImageData, absent_classes
-from ulfine_fast.images import ChosenImages, ImageArray, ImageFiles, ImageSource, JoinedImages, ReadReport
+from ulfine_fast.images import (
+    ChosenImages,
+    ImageArray,
+    ImageFiles,
+    ImageSource,
+    JoinedImages,
+    ReadReport,
+    check_pixels,
+)
 from ulfine_fast.splits import ClassOrder, Protocol, Unlabelled, make_split
 
 FASHION_MNIST_CLASSES = (
@@ -64,15 +72,10 @@ class ImageSet:
                 raise ValueError(
                     f"ImageSet {self.name}: {name} must be a numpy array, got {type(getattr(self, name)).__name__}"
                 )
-        shape = self.images.shape
-        if self.images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
+        check_pixels(f"ImageSet {self.name}", self.images)
+        if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(
-                f"ImageSet {self.name}: images must be uint8 [N, H, W] or [N, H, W, 3],"
-                f" got {self.images.dtype} {shape}"
-            )
-        if self.labels.dtype != np.int64 or self.labels.shape != shape[:1]:
-            raise ValueError(
-                f"ImageSet {self.name}: labels must be int64 [{shape[0]}],"
+                f"ImageSet {self.name}: labels must be int64 [{len(self.images)}],"
                 f" got {self.labels.dtype} {self.labels.shape}"
             )
         if not self.class_names or not all(name.strip() for name in self.class_names):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ulfine_fast.learners import Learner
 from ulfine_fast.metrics import classification_metrics
-from ulfine_fast.trainer import CHUNK, Predictions
+from ulfine_fast.trainer import CHUNK, Predictions, most_likely
 
 
 def fused_logits(learner: Learner, features: Tensor) -> Tensor:
@@ -36,12 +36,11 @@ def predict(learner: Learner, features: Tensor) -> dict[str, Predictions]:
         for name, branch in learner.branches().items()
     }
     branches[next(iter(branches))] = lambda rows: fused_logits(learner, rows)
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in branches}
-    for rows in features.split(CHUNK):
+    found: dict[str, list[Predictions]] = {name: [] for name in branches}
+    # a branch has logits of every view
+    for rows in features.split(max(CHUNK // features.shape[1], 1)):
         for name, logits_of in branches.items():
-            logits = logits_of(rows.to(device))
-            top, label = logits.max(-1)
-            found[name].append((label.cpu(), (top - logits.logsumexp(-1)).exp().clamp_max(1.0).cpu()))
+            found[name].append(most_likely(logits_of(rows.to(device))))
     return {
         name: Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)))
         for name, parts in found.items()

@@ -12,7 +12,6 @@ step number are the whole state of a run.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +27,6 @@ from ulfine_fast.checkpoint import (
     CheckpointError,
     digest,
     digest_of,
-    first_difference,
     load_checkpoint,
     save_checkpoint,
 )
@@ -51,6 +49,8 @@ from ulfine_fast.splits import groups_by_rank
 from ulfine_fast.trainer import (
     MOST_SKIPS,
     TrainResult,
+    check_skips,
+    count_skips,
     fused_optimizer,
     learning_rate,
     load_optimizer,
@@ -62,7 +62,6 @@ from ulfine_fast.trainer import (
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-LOGGER = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Numbers of rows that a GPU sees: few of them, so that compiled towers and library kernels find their sizes again.
 GPU_BUCKET = 16
@@ -185,12 +184,10 @@ class Engine:
         for index, name in enumerate(tower):
             if name in split:
                 self.split |= {f"optimizer.{index}.{slot}": split[name] for slot in SLOTS}
-        rates = schedule.learning_rate, schedule.weight_decay
-        groups = (
-            [{"params": [self.weights[name] for name in tower], "weight_decay": rates[1]}] if tower else []
-        )
+        decay = schedule.weight_decay
+        groups = [{"params": [self.weights[name] for name in tower], "weight_decay": decay}] if tower else []
         self.optimizer = fused_optimizer(
-            [*groups, *self.learner.groups(*rates)], schedule.optimizer, rates[0]
+            [*groups, *self.learner.groups(decay)], schedule.optimizer, schedule.learning_rate
         )
         self.mean_weights = (
             {name: p.detach().clone() for name, p in self.weights.items()} if schedule.ema else {}
@@ -412,8 +409,9 @@ def finetune(
     Returns:
         TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate, loss (nats,
         mean of the processes), images_per_second (labelled and unlabelled images of all processes), rows_encoded and
-        rows_trained by this process per step since the last record, skipped, and with unlabelled images pseudo_labels (see
-        `pseudo_label_metrics`, over the steps since the last record) and the learner's `distribution`.
+        rows_trained by this process per step since the last record, skipped, and with unlabelled images pseudo_labels
+        (see `pseudo_label_metrics`, over the steps since the last record); the last record the learner's
+        `distribution`, too.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another run. ValueError: batches that the processes cannot
@@ -448,6 +446,9 @@ def finetune(
                 result.skipped = window.skipped(step)
             if logs:
                 record = window.record(engine, step, few)
+                if result.history:
+                    # of C numbers: hundreds of them would be more than a checkpoint can hold beside its tensors
+                    result.history[-1].pop("distribution", None)
                 result.history.append(record)
                 acceptance = record.get("pseudo_labels", {}).get("fused", {}).get("acceptance")
                 kept = {} if acceptance is None else {"kept": f"{acceptance:.0%}"}
@@ -490,18 +491,12 @@ class _Window:
     def add(self, report: StepReport) -> None:
         """Take in a step; nothing waits for the device."""
         self.reports.append(report)
-        row = torch.where(report.finite, 0, self.skips[0] + 1)
-        self.skips = torch.stack([row, torch.maximum(row, self.skips[1]), self.skips[2] + ~report.finite])
+        self.skips = count_skips(self.skips, report.finite)
 
     def skipped(self, step: int) -> int:
         """All steps that changed nothing. RuntimeError after too many in a row."""
-        _, longest, skipped = self.skips.tolist()
-        if longest >= MOST_SKIPS:
-            raise RuntimeError(
-                f"training stopped at step {step + 1}: loss or gradient was not finite in {longest} steps in a row;"
-                " lower the learning rate, or take precision bf16 for fp16"
-            )
-        return skipped
+        check_skips(self.skips, step, "lower the learning rate, or take precision bf16 for fp16")
+        return int(self.skips[2])
 
     def record(self, engine: Engine, step: int, few: Tensor) -> dict[str, Any]:
         schedule, world = engine.schedule, engine.world
@@ -543,9 +538,6 @@ def _save(
 
 
 def _restore(path: Path, identity: Mapping[str, Any], engine: Engine) -> TrainResult:
-    tensors, record = load_checkpoint(path)
-    difference = first_difference({name: record.get(name) for name in identity}, identity)
-    if difference:
-        raise CheckpointError(f"{path} belongs to another run: {difference}")
+    tensors, record = load_checkpoint(path, identity)
     engine.load(tensors)
     return TrainResult(record["history"], record["seconds"], record["steps"], record["skipped"])

@@ -14,7 +14,9 @@ import re
 import struct
 import threading
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -174,11 +176,7 @@ class ImageArray:
     """
 
     def __init__(self, images: np.ndarray, name: str, invert: bool = False) -> None:
-        shape = images.shape
-        if images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
-            raise ValueError(
-                f"ImageArray {name}: images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {shape}"
-            )
+        check_pixels(f"ImageArray {name}", images)
         self._images = images
         self._name = name
         self._invert = invert
@@ -196,15 +194,22 @@ class ImageArray:
         return Image.fromarray(255 - pixels if self._invert else pixels).convert("RGB")
 
 
+def check_pixels(who: str, images: np.ndarray) -> None:
+    """ValueError that begins with `who` unless `images` is uint8 [N, H, W] (grey) or [N, H, W, 3] (RGB)."""
+    shape = images.shape
+    if images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
+        raise ValueError(f"{who}: images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {shape}")
+
+
 class JoinedImages:
     """Several sources one after the other, an `ImageSource`."""
 
     def __init__(self, sources: Sequence[ImageSource]) -> None:
         self._sources = tuple(sources)
-        self._ends = np.cumsum([len(source) for source in sources])
+        self._ends = list(accumulate(map(len, sources)))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def name(self, index: int) -> str:
         """The name that the image has in its own source."""
@@ -217,8 +222,8 @@ class JoinedImages:
         return source.read(row, at_least)
 
     def _at(self, index: int) -> tuple[ImageSource, int]:
-        source = int(np.searchsorted(self._ends, index, side="right"))
-        return self._sources[source], index - int(self._ends[source - 1] if source else 0)
+        source = bisect_right(self._ends, index)
+        return self._sources[source], index - (self._ends[source - 1] if source else 0)
 
 
 class ChosenImages:

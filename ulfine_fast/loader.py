@@ -257,10 +257,10 @@ def evaluation_batches(
     """The views of all images of a source, in order.
 
     views: from a picture to uint8 [k, 3, S, S], such as `augment.test_views` or `augment.five_crops` with
-    their other arguments bound. batch_size >= 1 images. workers, device: as `ViewLoader`. at_least: short side in pixels that
-    suffices for the views, None: full size (`ImageSource.read`). depth >= 0: batches
-    that are under way ahead of the one handed over. on_unreadable: called in order for every image that cannot
-    be read. progress: show a bar on standard error, if that is a terminal.
+    their other arguments bound. batch_size >= 1 images. workers, device: as `ViewLoader`. at_least: short side in
+    pixels that suffices for the views, None: full size (`ImageSource.read`). depth >= 0: batches that are under way
+    ahead of the one handed over. on_unreadable: called in order for every image that cannot be read. progress: show
+    a bar on standard error, if that is a terminal.
 
     Raises ValueError for an argument outside its range and when no image can be read, RuntimeError with the
     image's name for anything unexpected.
@@ -446,8 +446,9 @@ def _round_from(row: int, pool: np.ndarray) -> Iterator[int]:
     """`row`, then those after it in the pool and round to it again."""
     yield row
     place = np.flatnonzero(pool == row)[0]
-    yield from pool[place + 1 :].tolist()
-    yield from pool[:place].tolist()
+    # one by one: nearly always the next image can be read
+    yield from map(int, pool[place + 1 :])
+    yield from map(int, pool[:place])
 
 
 def _read(source: ImageSource, row: int, at_least: int | None) -> Image.Image:

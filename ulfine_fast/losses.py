@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ulfine_fast.trainer import labelled_log_prior
+# A class without labelled images has log 1e-12 for its prior.
+SMALLEST_PRIOR = 1e-12
+
+
+def labelled_log_prior(labelled_counts: Tensor) -> Tensor:
+    """[C] float32 log(n_k / sum n); log 1e-12 for a class without labelled images."""
+    counts = labelled_counts.to(torch.float64)
+    return (counts / counts.sum()).clamp_min(SMALLEST_PRIOR).log().float()
 
 
 def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:

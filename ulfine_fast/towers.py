@@ -257,9 +257,9 @@ def load_tower(
     Where None leaves the weights at random, a warning is logged.
 
     space: "joint", the space of images and texts, or "visual", the features of a CLIP's vision transformer before
-    its projection. size: side of the input, pixels; None: the model's own, 160 for a lite tower. A multiple
-    of the patch, of 32 for a lite tower. compile: the network goes through torch.compile. gradient_checkpointing: blocks keep only their
-    input and are computed again in backward.
+    its projection. size: side of the input, pixels; None: the model's own, 160 for a lite tower. A multiple of the
+    patch, of 32 for a lite tower. compile: the network goes through torch.compile. gradient_checkpointing: blocks keep
+    only their input and are computed again in backward.
 
     Raises ValueError for a name, tag, file, space or size that does not fit, ConnectionError when weights cannot be
     downloaded, ImportError when a package is missing.

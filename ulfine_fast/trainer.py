@@ -22,14 +22,13 @@ from torch.nn import functional as F
 from ulfine_fast.capture import CapturedStep, device_of
 from ulfine_fast.checkpoint import (
     CHECKPOINT,
-    CheckpointError,
     digest,
-    first_difference,
     load_checkpoint,
     save_checkpoint,
 )
 from ulfine_fast.config import FineTuning, Method, Schedule
 from ulfine_fast.head import DualHead
+from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.metrics import classification_metrics, pseudo_label_metrics
 from ulfine_fast.splits import groups_by_rank
 
@@ -39,8 +38,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 MOMENTUM = 0.9
-# A class without labelled images has log 1e-12 for its prior; an adjustment by kept pseudo-labels is milder.
-SMALLEST_PRIOR = 1e-12
+# An adjustment by kept pseudo-labels is milder than one by the labelled prior, see `labelled_log_prior`.
 SMALLEST_KEPT_SHARE = 1e-4
 MOST_SKIPS = 20
 # One class with more than this share of P_u is worth a warning.
@@ -62,7 +60,7 @@ class Batch(NamedTuple):
 
 
 class LabelledClasses(NamedTuple):
-    """How the labelled images of the training set spread over the classes; see `labelled_log_prior`."""
+    """How the labelled images of the training set spread over the classes; see `losses.labelled_log_prior`."""
 
     counts: Tensor  # [C] int64
     log_prior: Tensor  # [C] float32
@@ -98,7 +96,7 @@ def train_step(
     state = head.state
     if first:
         scales_before = state.branch_scale.clone(), state.measured.clone()
-        _measure(head, batch.weak, method)
+        measure_scales(head, batch.weak, method)
     loss, pseudo = head.step_loss(
         torch.cat([batch.labelled, batch.strong]),
         batch.weak,
@@ -106,7 +104,7 @@ def train_step(
         method.threshold,
         weak_adjustment=weak_adjustment(state, method),
         adjustment=method.adjust_labelled * classes.log_prior,
-        strong_adjustment=_strong_adjustment(state, method, classes.log_prior),
+        strong_adjustment=strong_adjustment(state, method, classes.log_prior),
         temperature=method.temperature,
         scale_rows=method.scale_rows,
         unlabelled_weight=method.unlabelled_weight,
@@ -152,7 +150,7 @@ def train_step(
     return StepReport(loss.detach(), pseudo.keep.sum() / max(len(batch.weak), 1), finite)
 
 
-def _measure(head: DualHead, weak: Tensor, method: Method) -> None:
+def measure_scales(head: DualHead, weak: Tensor, method: Method) -> None:
     """Take the first ratio of scales from the first batch, before anything is fused with it."""
     if len(weak):
         scales = head.pseudo_label(weak, method.threshold, scale_rows=method.scale_rows).branch_scale
@@ -164,7 +162,7 @@ def weak_adjustment(state: PrototypeState, method: Method) -> Tensor | None:
     return method.prior_shift * state.log_distribution() if method.prior_shift else None
 
 
-def _strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor) -> Tensor | None:
+def strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor) -> Tensor | None:
     """Logit adjustment [C] of the strong rows, None for none."""
     if method.adjust_unlabelled == "labelled":
         return method.adjust_labelled * log_prior
@@ -179,12 +177,6 @@ def _log_kept(state: PrototypeState) -> Tensor:
     """[C] logarithm of the prior of the kept pseudo-labels; uniform, which adjusts nothing, before the first."""
     kept = state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
     return (kept / kept.sum()).log()
-
-
-def labelled_log_prior(labelled_counts: Tensor) -> Tensor:
-    """[C] float32 log(n_k / sum n); log 1e-12 for a class without labelled images."""
-    counts = labelled_counts.to(torch.float64)
-    return (counts / counts.sum()).clamp_min(SMALLEST_PRIOR).log().float()
 
 
 def build_head(prototypes: Tensor, method: Method, seed: int = 0) -> DualHead:
@@ -219,10 +211,16 @@ def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch
     a gradient and they are left out. On a CUDA device the learning rate is a tensor there, so that a captured
     step reads it.
     """
-    groups = [{"params": [head.linear], "weight_decay": schedule.weight_decay}]
+    groups = parameter_groups(head, method, schedule.weight_decay)
+    return fused_optimizer(groups, schedule.optimizer, schedule.learning_rate)
+
+
+def parameter_groups(head: DualHead, method: Method, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of `build_optimizer`."""
+    groups = [{"params": [head.linear], "weight_decay": weight_decay}]
     if method.orthogonality_weight:
         groups.append({"params": [head.state.textual], "weight_decay": 0.0})
-    return fused_optimizer(groups, schedule.optimizer, schedule.learning_rate)
+    return groups
 
 
 def fused_optimizer(groups: list[dict[str, Any]], kind: str, rate: float) -> torch.optim.Optimizer:
@@ -433,8 +431,7 @@ def train(
                 report = captured(batch)
             else:
                 report = train_step(head, optimizer, batch, method, classes, first=step == 0)
-            row = torch.where(report.finite, 0, skips[0] + 1)
-            skips = torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~report.finite])
+            skips = count_skips(skips, report.finite)
             if log:
                 record = _record(step, schedule, method, report, terms, skips)
                 if quality is not None:
@@ -443,7 +440,7 @@ def train(
                 result.history.append(record)
                 bar.set_postfix(loss=record["loss_labelled"], refresh=False)
             if log or (step + 1) % MOST_SKIPS == 0:
-                _check_skips(skips, step)
+                check_skips(skips, step, "check the features for NaN, or lower the learning rate")
             bar.update()
             result.steps = step + 1
             if path is not None and result.steps % checkpoint_every == 0 and result.steps < steps:
@@ -478,7 +475,7 @@ def _terms(
     """Labelled cross-entropy and orthogonality of the batch before its step."""
     if first:
         head = copy.deepcopy(head)
-        _measure(head, batch.weak, method)
+        measure_scales(head, batch.weak, method)
     adjustment = method.adjust_labelled * log_prior
     return head.loss(batch.labelled, batch.targets, adjustment=adjustment), head.orthogonality()
 
@@ -521,12 +518,22 @@ def _warn_of_collapse(record: dict[str, Any], history: list[dict[str, Any]]) -> 
         )
 
 
-def _check_skips(skips: Tensor, step: int) -> None:
+def count_skips(skips: Tensor, finite: Tensor) -> Tensor:
+    """The steps that changed nothing, in a row, the longest row and all, [3] int64, after one more step.
+
+    finite: [] bool; nothing waits for the device to know.
+    """
+    row = torch.where(finite, 0, skips[0] + 1)
+    return torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~finite])
+
+
+def check_skips(skips: Tensor, step: int, remedy: str) -> None:
+    """RuntimeError, with a `remedy`, where `count_skips` says that 20 steps in a row changed nothing."""
     longest = int(skips[1])
     if longest >= MOST_SKIPS:
         raise RuntimeError(
             f"training stopped at step {step + 1}: loss or gradient was not finite in {longest} steps in a row;"
-            " check the features for NaN, or lower the learning rate"
+            f" {remedy}"
         )
 
 
@@ -560,10 +567,7 @@ def _save(
 def _restore(
     path: Path, identity: dict[str, Any], head: DualHead, optimizer: torch.optim.Optimizer, skips: Tensor
 ) -> TrainResult:
-    tensors, record = load_checkpoint(path)
-    difference = first_difference({name: record.get(name) for name in identity}, identity)
-    if difference:
-        raise CheckpointError(f"{path} belongs to another run: {difference}")
+    tensors, record = load_checkpoint(path, identity)
     load_head(head, tensors)
     load_optimizer(optimizer, tensors)
     skips.copy_(tensors["skips"])
@@ -609,16 +613,18 @@ class Predictions(NamedTuple):
     confidence: Tensor  # [N] float32, softmax probability of the label
 
 
+def most_likely(logits: Tensor) -> Predictions:
+    """The class of the highest logit in each row of [N, C], and its softmax probability, at most 1."""
+    top, label = logits.max(-1)
+    return Predictions(label.cpu(), (top - logits.logsumexp(-1)).exp().clamp_max(1.0).cpu())
+
+
 def predict(head: DualHead, features: Tensor, branch: str = "fused", *, chunk: int = CHUNK) -> Predictions:
     """Predictions for features [N, D]; `branch` is "fused", "linear" or "text". Holds [chunk, C] logits."""
     if branch not in BRANCHES:
         raise ValueError(f"predict: branch must be one of {', '.join(BRANCHES)}, got {branch!r}")
     reading = only(head, BRANCHES[branch])
-    parts = []
-    for rows in features.split(chunk):
-        logits = reading(rows.to(head.linear.device))
-        top, label = logits.max(-1)
-        parts.append((label.cpu(), (top - logits.logsumexp(-1)).exp().cpu()))
+    parts = [most_likely(reading(rows.to(head.linear.device))) for rows in features.split(chunk)]
     return Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -7,7 +7,7 @@ bit for bit that of the untuned one. Placement and sizes are those of LIFT (Shi 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -114,36 +114,6 @@ def bottleneck_width(classes: int, layers: int) -> int:
     2 ^ max(0, floor(log2(C / (2 L)))) for C >= 1 classes and L >= 1 blocks.
     """
     return 1 << max(0, (classes // (2 * layers)).bit_length() - 1)
-
-
-def tuned_state(tower: Tower) -> dict[str, Tensor]:
-    """What makes a freshly loaded and equally tuned tower this one: its trainable parameters by name, not copied.
-
-    With the buffer `centre` of a tower that is centred.
-    """
-    state = {
-        name: parameter.detach() for name, parameter in tower.named_parameters() if parameter.requires_grad
-    }
-    return state | {"centre": tower.centre} if tower.centred else state
-
-
-@torch.no_grad()
-def load_tuned_state(tower: Tower, state: Mapping[str, Tensor]) -> None:
-    """Write a `tuned_state` into `tower`, which is tuned as the one that gave it.
-
-    Raises ValueError, before anything is written, when names or shapes differ.
-    """
-    own = tuned_state(tower)
-    for name in [*own, *(name for name in state if name not in own)]:
-        expected = list(own[name].shape) if name in own else None
-        got = list(state[name].shape) if name in state else None
-        if expected != got:
-            raise ValueError(
-                f"load_tuned_state: {name} must be {_shape(expected)} for {tower.name} tuned by {tower.tuning},"
-                f" got {_shape(got)}"
-            )
-    for name, tensor in own.items():
-        tensor.copy_(state[name])
 
 
 class Parallel(nn.Module):
@@ -342,7 +312,3 @@ def _replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Modul
             setattr(module, name, make(child))
         else:
             _replace(child, kind, make)
-
-
-def _shape(shape: list[int] | None) -> str:
-    return "absent" if shape is None else str(shape)

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ulfine_fast.config import Method, Schedule
+from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.ops._rows import unit_rows
 from ulfine_fast.trainer import (
     Batches,
     LabelledClasses,
     build_head,
     build_optimizer,
-    labelled_log_prior,
     learning_rate,
     set_learning_rate,
     train_step,

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
+from ulfine_fast.images import check_pixels
 from ulfine_fast.randaugment import randaugment
 
 View = Literal["plain", "weak", "strong"]
@@ -47,11 +48,7 @@ def augment(
     """
     if view not in get_args(View):
         raise ValueError(f"augment: view must be one of {', '.join(get_args(View))}, got {view!r}")
-    shape = images.shape
-    if images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
-        raise ValueError(
-            f"augment: images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {shape}"
-        )
+    check_pixels("augment", images)
     if seed < 0 or copy < 0:
         raise ValueError(f"augment: seed and copy must be >= 0, got {seed} and {copy}")
     if not 0 <= cutout_ratio <= 1:

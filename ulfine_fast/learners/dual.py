@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ulfine_fast.config import METHODS, Method
 from ulfine_fast.learners.learner import Learner, Pseudo
-from ulfine_fast.losses import LOSSES, one_hot
+from ulfine_fast.losses import LOSSES, labelled_log_prior, one_hot
 from ulfine_fast.ops import PseudoLabels, proto_logits
 from ulfine_fast.trainer import (
     BRANCHES,
-    _measure,
-    _strong_adjustment,
     build_head,
-    labelled_log_prior,
+    measure_scales,
     only,
+    parameter_groups,
+    strong_adjustment,
     weak_adjustment,
 )
 
@@ -79,7 +79,7 @@ class Dual(Learner):
     @torch.no_grad()
     def start(self, weak: Tensor) -> None:
         """Measure the branch scales before anything is fused with their ratio."""
-        _measure(self.head, weak, self.config)
+        measure_scales(self.head, weak, self.config)
 
     @torch.no_grad()
     def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
@@ -119,7 +119,7 @@ class Dual(Learner):
             strong,
             pseudo.target[rows],
             pseudo.weight[rows] / (self.views * max(len(pseudo.label), 1)),
-            adjustment=_strong_adjustment(self.head.state, config, self.log_prior),
+            adjustment=strong_adjustment(self.head.state, config, self.log_prior),
         )
         if config.orthogonality_weight:
             loss = loss + config.orthogonality_weight * self.head.orthogonality()
@@ -198,12 +198,9 @@ class Dual(Learner):
         """See `DualHead.folded`."""
         return self.head.folded()
 
-    def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The linear probe, and the textual prototypes if they are learned: their unit rows need no decay."""
-        groups = [{"params": [self.head.linear], "lr": learning_rate, "weight_decay": weight_decay}]
-        if self.config.orthogonality_weight:
-            groups.append({"params": [self.head.state.textual], "lr": learning_rate, "weight_decay": 0.0})
-        return groups
+        return parameter_groups(self.head, self.config, weight_decay)
 
     def distribution(self) -> Tensor | None:
         """[C] P_u."""

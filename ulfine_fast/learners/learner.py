@@ -101,18 +101,14 @@ class Learner(nn.Module):
         """D, the width of a feature."""
         return next(p.shape[1] for p in self.parameters() if p.ndim == 2)
 
-    def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer: matrices decay, scalars do not."""
         parameters = list(self.parameters())
         parts = {
             weight_decay: [p for p in parameters if p.ndim > 1],
             0.0: [p for p in parameters if p.ndim <= 1],
         }
-        return [
-            {"params": part, "lr": learning_rate, "weight_decay": decay}
-            for decay, part in parts.items()
-            if part
-        ]
+        return [{"params": part, "weight_decay": decay} for decay, part in parts.items() if part]
 
 
 def confident(probabilities: Tensor) -> tuple[Tensor, Tensor]:
