@@ -33,6 +33,7 @@ def run_together(script: str, count: int, *arguments: str, folder: Path) -> list
             "WORLD_SIZE": str(count),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(count),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parent),
         }

@@ -42,9 +42,9 @@ def pair(tmp_path_factory):
 
 
 def test_one_process_is_its_own_world(monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert world() == World(1, 0, 0)
+    assert world() == World(1, 0, 0, 1)
     assert world().leads
     rows = torch.arange(12.0).view(3, 2, 2)
     assert torch.equal(gather_rows([rows], World())[0], rows.view(6, 2))
@@ -54,7 +54,10 @@ def test_half_a_world_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(ValueError, match="expected WORLD_SIZE, RANK, LOCAL_RANK of torchrun, got no RANK"):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match="expected WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE of torchrun, got no RANK"
+    ):
         world()
 
 

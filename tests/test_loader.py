@@ -565,3 +565,4 @@ def test_default_workers_are_the_processors_of_this_process(monkeypatch) -> None
     for processors, expected in ((1, 1), (6, 6), (64, 16)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, many=processors: set(range(many)))
         assert default_workers() == expected
+    assert [default_workers(processes) for processes in (2, 8, 100)] == [16, 8, 1]

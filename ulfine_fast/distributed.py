@@ -26,6 +26,7 @@ class World(NamedTuple):
     size: int = 1
     rank: int = 0
     local_rank: int = 0  # on this machine: the number of its CUDA device
+    on_machine: int = 1  # processes on this machine
 
     @property
     def leads(self) -> bool:
@@ -39,7 +40,7 @@ class ProcessError(RuntimeError):
 
 def world() -> World:
     """The world that torchrun describes in the environment. ValueError for a part of it without the rest."""
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     found = {name: os.environ.get(name) for name in names}
     if not any(found.values()):
         return World()

@@ -33,7 +33,7 @@ from ulfine_fast.images import ChosenImages, ImageSource
 from ulfine_fast.learners import LEARNERS, Config, DualConfig, build_learner
 from ulfine_fast.loader import ViewLoader, default_workers, evaluation_batches
 from ulfine_fast.run_folder import CONFIG, load_run
-from ulfine_fast.splits import ClassRow, groups_by_rank
+from ulfine_fast.splits import ClassRow, first_per_class, groups_by_rank
 from ulfine_fast.towers import Tower, load_tower
 from ulfine_fast.trainer import Predictions, TrainResult
 from ulfine_fast.tuning import tune
@@ -203,12 +203,9 @@ def _class_means(
             "first prototypes must be class means where the encoder has no text tower: expected labelled images of"
             f" every class, got none of {data.class_names[empty[0]]!r}"
         )
-    chosen = np.concatenate(
-        [
-            random.permutation(np.flatnonzero(data.labels == k))[:MEAN_IMAGES]
-            for k in range(len(data.class_names))
-        ]
-    )
+    order = random.permutation(len(data.labels))
+    most = np.full(len(data.class_names), MEAN_IMAGES)
+    chosen = order[first_per_class(data.labels[order], most)]
     features, readable = reader.features(encode, data.train, data.labelled[chosen])
     rows, labels = F.normalize(features[readable, 0], dim=-1), torch.from_numpy(data.labels[chosen][readable])
     sums = torch.zeros(len(data.class_names), rows.shape[1]).index_add_(0, labels, rows)
@@ -248,7 +245,7 @@ def _settled(
         unlabelled_is_labelled=torch.zeros(0, dtype=torch.bool),
         split=None,
     )
-    return settle_eta(cached, method, Schedule(seed=schedule.seed))
+    return settle_eta(cached, method, Schedule(seed=schedule.seed), reader.device)
 
 
 def run(
@@ -282,7 +279,7 @@ def run(
         raise ValueError(f"run: steps must be 0 for a method that is not trained, got {schedule.steps}")
     world = world or World()
     place = torch.device(device, world.local_rank) if device == "cuda" else torch.device(device)
-    workers = default_workers() if workers is None else workers
+    workers = default_workers(world.on_machine) if workers is None else workers
     pipeline = build_pipeline(schedule.pipeline)
     tower = _tower(encoder, place)
     plain = partial(test_views, pipeline=pipeline, size=tower.size)

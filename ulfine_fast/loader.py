@@ -326,12 +326,14 @@ def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
     yield from waiting
 
 
-def default_workers() -> int:
-    """Threads for a loader: as many as processors that this process may use, at most 16."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), 16)
+def default_workers(processes: int = 1) -> int:
+    """Threads for a loader: as many as processors that this process may use, at most 16.
+
+    processes: of one run, which share the machine; each has at least one thread.
+    """
     # macOS binds no process to processors
-    return min(os.cpu_count() or 1, 16)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(usable // processes, 1), 16)
 
 
 def log_unreadable(error: UnreadableImage) -> None:
