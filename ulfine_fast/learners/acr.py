@@ -11,8 +11,9 @@ adjustment (tau near 0), a uniform one takes the labelled prior out (1), a rever
 Source: "Towards Realistic Long-Tailed Semi-Supervised Learning: Consistency Is All You Need" (CVPR 2023): two heads,
 tau, anchors, threshold, two strong views, logit adjustment with tau 2 on labelled images. Published code fits tau
 once per epoch, and to an estimate whose indexed += takes each class of a batch once, however often it occurs. Here
-tau follows the estimate at every step and every kept pseudo-label counts. Also ours: text-initialised cosine heads,
-one more count for each class in u, which makes it uniform at the start, and its window (`RunningSum`).
+tau follows the estimate at every step and every kept pseudo-label counts. Also ours: the formula of tau, which is
+our reading of the paper, text-initialised cosine heads, one more count for each class in u, which makes it uniform at
+the start, and its window (`RunningSum`).
 """
 
 from __future__ import annotations
