@@ -118,22 +118,26 @@ class StepReport(NamedTuple):
     rows: tuple[int, int]  # rows of this process: encoded, and of these with gradient
 
 
+def encode(tower: nn.Module, images: Tensor, precision: str = "fp32") -> Tensor:
+    """Features float32 [B, D] of images [B, ...], with the products of `tower` in "fp32", "bf16" or "fp16"."""
+    count, dtype = len(images), DTYPES[precision]
+    if images.is_cuda and count % GPU_BUCKET:
+        images = torch.cat([images, images[:1].expand(-count % GPU_BUCKET, *images.shape[1:])])
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return tower(images)[:count].float()
+
+
 class Student(nn.Module):
     """Encoder and learner as one module with one loss."""
 
     def __init__(self, tower: nn.Module, learner: Learner, precision: str = "fp32") -> None:
         super().__init__()
         self.tower, self.learner = tower, learner
-        self.dtype = DTYPES[precision]
+        self.precision = precision
 
     def encode(self, images: Tensor) -> Tensor:
         """Features float32 [B, D]."""
-        count = len(images)
-        if images.is_cuda and count % GPU_BUCKET:
-            images = torch.cat([images, images[:1].expand(-count % GPU_BUCKET, *images.shape[1:])])
-        half = self.dtype != torch.float32
-        with torch.autocast(images.device.type, self.dtype, enabled=half):
-            return self.tower(images)[:count].float()
+        return encode(self.tower, images, self.precision)
 
     def forward(
         self, images: Tensor, targets: Tensor, rows: Tensor, pseudo: Pseudo, progress: float

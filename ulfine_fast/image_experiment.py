@@ -24,7 +24,7 @@ from ulfine_fast.datasets import dataset_data
 from ulfine_fast.distributed import World, gather_rows, whole
 from ulfine_fast.experiment import UNITS, curve, surroundings
 from ulfine_fast.features import FeatureData
-from ulfine_fast.finetune import Student, finetune, load_tuned_tensors, tuned_tensors
+from ulfine_fast.finetune import Student, encode, finetune, load_tuned_tensors, tuned_tensors
 from ulfine_fast.image_data import UNKNOWN, ImageData
 from ulfine_fast.image_folders import folder_data
 from ulfine_fast.image_tables import list_data, table_data
@@ -121,7 +121,7 @@ class Reader:
 
     @torch.no_grad()
     def features(
-        self, encode: Callable[[Tensor], Tensor], source: ImageSource, rows: np.ndarray
+        self, encode_images: Callable[[Tensor], Tensor], source: ImageSource, rows: np.ndarray
     ) -> tuple[Tensor, np.ndarray]:
         """Features float32 [n, K, D] on the CPU of images `rows` of `source`, and which could be read, [n] bool."""
         found, readable = [], []
@@ -137,7 +137,7 @@ class Reader:
         )
         for batch in batches:
             images, views = batch.images.shape[:2]
-            found.append(encode(batch.images.flatten(0, 1)).float().view(images, views, -1).cpu())
+            found.append(encode_images(batch.images.flatten(0, 1)).float().view(images, views, -1).cpu())
             readable.append(batch.readable)
         return torch.cat(found), np.concatenate(readable)
 
@@ -168,19 +168,19 @@ def build_student(
 
     Raises ValueError where a tower has no text and a class no labelled image.
     """
-    encode = Student(tower, torch.nn.Module(), schedule.precision).encode
+    encode_images = partial(encode, tower, precision=schedule.precision)
     random = np.random.default_rng((schedule.seed, 4))
     if tower.centred:
         training = np.union1d(data.labelled, data.unlabelled)
         chosen = random.permutation(training)[:CENTRE_IMAGES]
-        features, readable = reader.features(encode, data.train, np.sort(chosen))
+        features, readable = reader.features(encode_images, data.train, np.sort(chosen))
         tower.centre.copy_(features[readable].mean((0, 1)))
     if tower.has_text:
         prototypes = tower.text_prototypes(data.class_names, encoder.templates)
     else:
-        prototypes = _class_means(encode, data, reader, random)
+        prototypes = _class_means(encode_images, data, reader, random)
     if isinstance(method, DualConfig) and method.eta_folds:
-        method = _settled(encode, data, method, schedule, reader, prototypes)
+        method = _settled(encode_images, data, method, schedule, reader, prototypes)
     tune(
         tower,
         schedule.tuning,
@@ -195,7 +195,7 @@ def build_student(
 
 
 def _class_means(
-    encode: Callable[[Tensor], Tensor], data: ImageData, reader: Reader, random: np.random.Generator
+    encode_images: Callable[[Tensor], Tensor], data: ImageData, reader: Reader, random: np.random.Generator
 ) -> Tensor:
     empty = np.flatnonzero(data.labelled_counts == 0)
     if len(empty):
@@ -206,7 +206,7 @@ def _class_means(
     order = random.permutation(len(data.labels))
     most = np.full(len(data.class_names), MEAN_IMAGES)
     chosen = order[first_per_class(data.labels[order], most)]
-    features, readable = reader.features(encode, data.train, data.labelled[chosen])
+    features, readable = reader.features(encode_images, data.train, data.labelled[chosen])
     rows, labels = F.normalize(features[readable, 0], dim=-1), torch.from_numpy(data.labels[chosen][readable])
     sums = torch.zeros(len(data.class_names), rows.shape[1]).index_add_(0, labels, rows)
     if not bool(sums.any(-1).all()):
@@ -216,7 +216,7 @@ def _class_means(
 
 
 def _settled(
-    encode: Callable[[Tensor], Tensor],
+    encode_images: Callable[[Tensor], Tensor],
     data: ImageData,
     method: DualConfig,
     schedule: FineTuning,
@@ -224,7 +224,7 @@ def _settled(
     prototypes: Tensor,
 ) -> DualConfig:
     """`method` with its eta chosen on the features of the labelled images before training."""
-    features, readable = reader.features(encode, data.train, data.labelled)
+    features, readable = reader.features(encode_images, data.train, data.labelled)
     rows = F.normalize(features[readable, 0], dim=-1)[None]
     labels = torch.from_numpy(data.labels[readable])
     nothing = rows[:, :0]
