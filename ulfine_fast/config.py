@@ -226,7 +226,7 @@ class Images:
     for a field that says nothing of the one that is given, and for a number outside its range.
     """
 
-    dataset: str | None = None  # a name of `images.DATASETS`
+    dataset: str | None = None  # a name of `datasets.IMAGE_DATASETS`
     protocol: str = "acr"
     labelled_largest: int = 100
     unlabelled_largest: int | None = None  # None: twice the labelled ones, or what the data set brings

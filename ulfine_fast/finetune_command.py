@@ -459,6 +459,8 @@ def finetune(
         "learning_rate": learning_rate,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    from ulfine_fast.encoder import IMAGE_WEIGHTS
+
     try:
         images = Images(
             dataset=dataset,
@@ -481,7 +483,7 @@ def finetune(
             labelled_share=labelled_share,
             seed=seed,
         )
-        of_clip = model not in ("lite0", "lite2") and not model.startswith("timm:")
+        of_clip = model not in IMAGE_WEIGHTS and not model.startswith("timm:")
         encoder = Encoder(
             model=model,
             pretrained=pretrained,

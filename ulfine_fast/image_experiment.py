@@ -181,16 +181,23 @@ def build_student(
         prototypes = _class_means(encode_images, data, reader, random)
     if isinstance(method, DualConfig) and method.eta_folds:
         method = _settled(encode_images, data, method, schedule, reader, prototypes)
+    return _tuned(tower, prototypes, data, method, schedule)
+
+
+def _tuned(
+    tower: Tower, prototypes: Tensor, data: ImageData, method: DualConfig | Config, schedule: FineTuning
+) -> Student:
+    """`tower` with the modules of its tuning in place, and the learner of `method` on these prototypes."""
+    seed, counts = schedule.seed, torch.from_numpy(data.labelled_counts)
     tune(
         tower,
         schedule.tuning,
         classes=len(prototypes),
         width=schedule.width,
         blocks=schedule.blocks,
-        seed=schedule.seed,
+        seed=seed,
     )
-    counts = torch.from_numpy(data.labelled_counts)
-    learner = build_learner(method, prototypes.cpu(), counts, seed=schedule.seed).to(reader.device)
+    learner = build_learner(method, prototypes.cpu(), counts, seed=seed).to(tower.centre.device)
     return Student(tower, learner, schedule.precision)
 
 
@@ -358,7 +365,7 @@ def evaluate(
 
 
 def write_run(run_dir: Path, configuration: Mapping[str, Any], data: ImageData, outcome: Outcome) -> None:
-    """metrics.json, predictions.csv, the exported head and the pictures of one run."""
+    """metrics.json, predictions.csv and the pictures of one run."""
     training, rows = outcome.training, class_rows(data)
     report.write_json(
         run_dir / "metrics.json",
@@ -428,19 +435,8 @@ def _load_run(
             raise CheckpointError(
                 f"{run_dir}: expected the {name} of the run, {record[name][:12]}, got another one, {now[:12]}"
             )
-    classes = len(data.class_names)
-    tune(
-        tower,
-        schedule.tuning,
-        classes=classes,
-        width=schedule.width,
-        blocks=schedule.blocks,
-        seed=schedule.seed,
-    )
     # first prototypes do not matter: those of the checkpoint take their place
-    prototypes = torch.eye(classes, tower.dim)
-    learner = build_learner(method, prototypes, torch.from_numpy(data.labelled_counts), seed=schedule.seed)
-    student = Student(tower, learner.to(place), schedule.precision)
+    student = _tuned(tower, torch.eye(len(data.class_names), tower.dim), data, method, schedule)
     load_tuned_tensors(student, tensors, averaged=True)
     return record["steps"], student, data
 
