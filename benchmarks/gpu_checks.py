@@ -1,7 +1,8 @@
-"""Every kernel of both GPU back ends, on small inputs: python benchmarks/gpu_checks.py once|twice [LARGEST].
+"""Every kernel of the GPU back ends, on small inputs: python benchmarks/gpu_checks.py once|twice [LARGEST [BACKEND]].
 
 `once` launches each kernel in each of its forms, for compute-sanitizer to watch. `twice` also compares the bits of
-a second run, in memory that held something else, and of a replayed CUDA graph. Only the first LARGEST shapes.
+a second run, in memory that held something else, and of a replayed CUDA graph. Only the first LARGEST shapes, and
+only that back end.
 """
 
 from __future__ import annotations
@@ -138,10 +139,12 @@ def differing(call: Callable[[], list[Tensor]], device: str) -> list[str]:
     return [name for name, run in runs.items() if not same_bits(first, run())]
 
 
-def main(mode: str, largest: int = len(SHAPES), device: str = "cuda") -> int:
+def main(
+    mode: str, largest: int = len(SHAPES), backends: tuple[str, ...] = BACKENDS, device: str = "cuda"
+) -> int:
     """Exit status: 0, or 1 where bits differ."""
     bad = []
-    for backend, (shape, dtype, allowed) in product(BACKENDS, cases(largest)):
+    for backend, (shape, dtype, allowed) in product(backends, cases(largest)):
         with use_backend(backend), tf32(allowed):
             for name, call in calls(shape, dtype, device).items():
                 where = (
@@ -158,4 +161,5 @@ def main(mode: str, largest: int = len(SHAPES), device: str = "cuda") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:3])))
+    mode, largest, *chosen = sys.argv[1:] if len(sys.argv) > 2 else [sys.argv[1], len(SHAPES)]
+    sys.exit(main(mode, int(largest), tuple(chosen) or BACKENDS))

@@ -77,6 +77,8 @@ def fit_kernel(
         v = tl.load(v_ptr + k * D + d, mask=inside, other=0.0)
         v = tl.where(seen, beta * v + (1.0 - beta) * mean, mean)
         tl.store(v_ptr + k * D + d, v, mask=inside)
+        # Every warp reads the mark that one of them sets.
+        tl.debug_barrier()
         tl.store(seen_ptr + k, True)
 
         largest = tl.load(l_ptr)

@@ -57,7 +57,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _kernels_of(item: pytest.Item) -> set[object]:
+    # What is marked for a GPU runs there, in no interpreter and no emulator.
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if item.get_closest_marker("gpu"):
+        return set()
     return {parameters.get("kernel"), parameters.get("backend")}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_checks import tf32
-from tolerances import assert_no_worse, assert_same_bits, seeded
+from tolerances import assert_no_worse, assert_same_bits, never_waits, seeded
 
 from ulfine_fast.backend import COMPOSED, OPS
 from ulfine_fast.head_loss import head_loss
@@ -94,15 +94,11 @@ def test_on_another_stream_without_a_wait(op, name):
     expected = [tensor.clone() for tensor in RUN[op](x.flip(0), y, w, t, name)]
     aside = torch.cuda.Stream()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(aside):
-            # Whoever computes elsewhere, or copies early, does not see what comes after the pause.
-            torch.cuda._sleep(20_000_000)
-            x.copy_(x.flip(0))
-            got = RUN[op](x, y, w, t, name)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with never_waits(), torch.cuda.stream(aside):
+        # Whoever computes elsewhere, or copies early, does not see what comes after the pause.
+        torch.cuda._sleep(20_000_000)
+        x.copy_(x.flip(0))
+        got = RUN[op](x, y, w, t, name)
     aside.synchronize()
     for one, other in zip(got, expected, strict=True):
         assert_same_bits(one, other)

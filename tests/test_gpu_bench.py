@@ -331,7 +331,7 @@ def test_checks_launch_every_kernel(on_the_processor, monkeypatch, capsys):
     monkeypatch.setattr(
         GridExecutor, "__call__", lambda self, *a, **k: started.add(self.fn.__name__) or run(self, *a, **k)
     )
-    assert gpu_checks.main("once", 1, "cpu") == 0
+    assert gpu_checks.main("once", 1, device="cpu") == 0
     assert capsys.readouterr().out.strip() == "every kernel ran"
     kernels = [path.read_text() for path in (gpu.ROOT / "kernels").glob("*.py")]
     ours = {name for text in kernels for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
@@ -343,7 +343,7 @@ def test_checks_launch_every_kernel(on_the_processor, monkeypatch, capsys):
 def test_other_bits_are_found(on_the_processor, monkeypatch, capsys):
     noisy = {"an op": lambda: [torch.rand(3)]}
     monkeypatch.setattr(gpu_checks, "calls", lambda *arguments: noisy)
-    assert gpu_checks.main("twice", 1, "cpu") == 1
+    assert gpu_checks.main("twice", 1, device="cpu") == 1
     assert (
         "an op triton 5x13x7x19 torch.float32 ieee: other bits in the second run" in capsys.readouterr().out
     )
@@ -580,7 +580,7 @@ def test_commands():
     (tests,) = gpu.commands("test", 100.0)
     assert "tests/test_gpu.py" in tests and "tests/test_layout.py" not in tests
     _, memcheck, racecheck = gpu.commands("sanitize", 100.0)
-    assert memcheck[:5] == ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99"]
-    assert racecheck[2] == "racecheck"
+    assert memcheck[:5] == ["compute-sanitizer", "--error-exitcode", "99", "--tool", "memcheck"]
+    assert racecheck[4] == "racecheck" and racecheck[-1] == "cuda" and memcheck[-1] != "cuda"
     assert gpu.commands("bench", 100.0)[0][-1] == "100" and gpu.commands("bench", 500.0)[0][-1] == "300"
     assert Path(gpu.environment()["PYTHONPATH"].split(":")[0]) == gpu.BUILT

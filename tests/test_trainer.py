@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from synthetic import small_data
+from tolerances import never_waits
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -600,11 +601,8 @@ def test_a_step_never_waits_for_the_device(optimizer_name):
     classes = LabelledClasses(*(t.cuda() for t in labelled_classes(data)))
     train_step(head, optimizer, batches(0), method, classes, first=True)
     batch = batches(1)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waits():
         report = train_step(head, optimizer, batch, method, classes)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert report.finite
 
 

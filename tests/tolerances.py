@@ -8,6 +8,7 @@ threshold, where rounding decides.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -97,6 +98,19 @@ def unchanged(*tensors: Tensor) -> Iterator[None]:
     for tensor, (value, version) in zip(tensors, before, strict=True):
         assert_same_bits(tensor, value)
         assert tensor._version == version
+
+
+@contextmanager
+def never_waits() -> Iterator[None]:
+    """Raise where the block waits for the GPU, as far as torch sees it."""
+    with warnings.catch_warnings():
+        # Torch says that its detector does not find everything.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_threads(threads: int, function: Callable[[], object]) -> object:

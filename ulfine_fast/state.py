@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ulfine_fast import _cuda
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._rows import unit_rows, working_dtype
+from ulfine_fast.ops._rows import add_by_class_, unit_rows, working_dtype
 from ulfine_fast.ops.proto_fit import proto_fit_
 from ulfine_fast.ops.pseudo_label import PseudoLabels
 
@@ -170,7 +170,7 @@ class PrototypeState(nn.Module):
         """
         keep = pseudo.keep[:, None]
         rows = torch.where(keep, unit_rows(weak, self.kept_sum.dtype), 0.0)
-        self.kept_sum.mul_(gamma).index_add_(0, pseudo.label.clamp_min(0), rows)
+        add_by_class_(self.kept_sum.mul_(gamma), pseudo.label.clamp_min(0), rows)
         self.kept_count.mul_(gamma).add_(pseudo.kept_histogram)
         labelled = labelled_counts.to(self.text.dtype) * self.seen
         along = (self.visual * self.text).sum(-1)

@@ -1,4 +1,4 @@
-"""Row arithmetic that the references share: the working precision and the direction of a row."""
+"""Row arithmetic that the references share: the working precision, the direction of a row, sums by class."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def unit_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     squared = rows.square().sum(-1, keepdim=True)
     empty = squared <= ZERO_NORM_SQUARED
     return torch.where(empty, rows.new_zeros(()), rows * squared.masked_fill(empty, 1.0).rsqrt())
+
+
+def add_by_class_(sums: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+    """Add to row `classes[i]` of `sums` the i-th of `rows`, in an order that is the same in every run."""
+    # On a GPU index_add adds in the order in which threads arrive; on a processor index_put may.
+    if sums.is_cuda:
+        return sums.index_put_((classes,), rows, accumulate=True)
+    return sums.index_add_(0, classes, rows)

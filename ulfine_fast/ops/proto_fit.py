@@ -21,7 +21,7 @@ from torch import Tensor
 from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._rows import ZERO_NORM_SQUARED, unit_rows, without_autocast, working_dtype
+from ulfine_fast.ops._rows import ZERO_NORM_SQUARED, add_by_class_, unit_rows, without_autocast, working_dtype
 
 # Norm of the blended prototype below which text and vision point against each other: the old one stays.
 SMALLEST_BLEND = 1e-6
@@ -62,9 +62,10 @@ def proto_fit_reference(
         # An ignored row takes no part even if it is not finite: NaN * 0 would be NaN.
         x = torch.where(used[:, None], unit_rows(features, dtype), 0.0)
         rows = torch.where(used, targets, 0)
-        count = torch.zeros(classes, dtype=dtype, device=x.device).index_add(0, rows, used.to(dtype))
+        count = add_by_class_(torch.zeros(classes, dtype=dtype, device=x.device), rows, used.to(dtype))
         present = count > 0
-        mean = torch.zeros_like(textual, dtype=dtype).index_add(0, rows, x) / count.clamp_min(1.0)[:, None]
+        sums = add_by_class_(torch.zeros_like(textual, dtype=dtype), rows, x)
+        mean = sums / count.clamp_min(1.0)[:, None]
         running = torch.where(seen[:, None], beta * visual + (1.0 - beta) * mean, mean)
         running = torch.where(present[:, None], running, visual.to(dtype))
 
