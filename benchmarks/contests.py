@@ -73,12 +73,12 @@ PROVIDERS = (
     Provider("triton graph", "ours", "graph", "triton"),
     Provider("cuda graph", "ours", "graph", "cuda"),
     Provider("smart eager", "smart", "eager"),
+    Provider("smart graph", "smart", "graph"),
+    Provider("naive graph", "naive", "graph"),
     Provider("smart reduce-overhead", "smart", "reduce-overhead"),
     Provider("naive reduce-overhead", "naive", "reduce-overhead"),
     Provider("smart compiled", "smart", "compiled"),
     Provider("naive compiled", "naive", "compiled"),
-    Provider("smart graph", "smart", "graph"),
-    Provider("naive graph", "naive", "graph"),
 )
 COMPILED = {"compiled": "default", "reduce-overhead": "reduce-overhead"}
 

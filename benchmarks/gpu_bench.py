@@ -1,5 +1,8 @@
 """Times every contest on the GPU: python benchmarks/gpu_bench.py SECONDS; `make gpu` calls it.
 
+Each shape has a process of its own, one after the other. After a fault on the device nothing more can run in that
+process: another one goes on with what is left, without the provider that met the fault.
+
 A round gives every provider one block of calls in a row, as a training loop calls its step, between two CUDA
 events: what the host takes longer than the device counts, and data of one call may still be in the cache at the
 next. A ratio is taken within a round. Before a block the state is put back, so every provider sees the same
@@ -13,6 +16,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,7 +31,7 @@ import bench_pseudo_label
 import gpu_table
 import torch
 import triton
-from contests import COMPILED, CONTESTS, Contest, Provider, Results, prepared, providers
+from contests import COMPILED, CONTESTS, PROVIDERS, Contest, Provider, Results, prepared, providers
 from gpu_checks import tf32
 from shapes import (
     ALIGN,
@@ -50,10 +54,11 @@ from ulfine_fast.ops import pseudo_label
 
 RESULTS = Path(__file__).parent / "results"
 # Shares of the whole time and of a contest's that go to compiling ahead, and to preparing and checking.
-COMPILING, PREPARING = 0.3, 0.6
-COMPILERS = 4
+COMPILING, PREPARING = 0.3, 0.75
 # A head step has the most rivals to compile.
 WEIGHT = {"head step": 3.0}
+# Seconds that a shape's process may take longer than it was given, and how it ends after a fault on the device.
+LATE, LOST = 60.0, 3
 # A block lasts about this long, but has no more calls.
 BLOCK_MS, BLOCK_CALLS = 2.0, 50
 ROUNDS_LEAST, ROUNDS_MOST = 5, 100
@@ -100,6 +105,23 @@ def inputs(shape: Shape) -> StepInputs:
 
 
 # Measuring
+
+
+class DeviceLost(RuntimeError):
+    """After a fault on the device every later call fails; `rows` say whose it was."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        super().__init__(rows[0]["status"])
+        self.rows = rows
+
+
+def lost() -> bool:
+    """Whether a fault has ended all work on the device in this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def block_ms(call: Callable[[], object], calls: int) -> float:
@@ -227,13 +249,17 @@ def row_of(bout: Bout, provider: Provider, status: str = "ok") -> dict:
     }
 
 
-def measure(bout: Bout, start: StepInputs, seconds: float, machine: Machine) -> list[dict]:
-    """One row per provider; `status` is "ok", or why there is no time."""
+def measure(
+    bout: Bout, start: StepInputs, seconds: float, machine: Machine, without: frozenset[str] = frozenset()
+) -> list[dict]:
+    """One row per provider that is not in `without`; `status` is "ok", or why there is no time."""
     end = time.perf_counter() + seconds
     contest = bout.contest
     given = contest.give(start)
     rows, calls, expected = {}, {}, None
     for provider in providers(contest):
+        if provider.name in without:
+            continue
         row = rows[provider.name] = row_of(bout, provider)
         if time.perf_counter() > end - (1.0 - PREPARING) * seconds:
             row["status"] = "out of time"
@@ -255,8 +281,11 @@ def measure(bout: Bout, start: StepInputs, seconds: float, machine: Machine) -> 
                 calls[provider.name] = (call, s, provider.backend, calls_per_block(call))
         except torch.cuda.OutOfMemoryError:
             row["status"] = "out of memory"
-        except Exception as error:  # noqa: BLE001 whatever a provider raises is its result
+        except Exception as error:
+            # Whatever a provider raises is its result.
             row["status"] = f"failed: {first_line(error)}"
+            if lost():
+                raise DeviceLost([row]) from error
     times = interleaved(
         {name: _block(*call, start) for name, call in calls.items()}, end - time.perf_counter()
     )
@@ -371,33 +400,38 @@ def add_accuracy(rows: list[dict], bout: Bout, start: StepInputs) -> None:
 
 
 def compile_share(share: int, shares: int) -> None:
-    """Compile every `shares`-th bout, so that the compiler's cache on disk has it."""
+    """Compile every `shares`-th bout, so that the compilers' caches on disk have it."""
     for bout in schedule(GPU_SHAPES)[share::shares]:
         start = inputs(GPU_SHAPES[bout.shape]).to("cuda")
         torch.compiler.reset()
         with tf32(bout.precision == "tf32"):
             given = bout.contest.give(start)
             for provider in providers(bout.contest):
-                if provider.how in COMPILED:
+                if provider.how in COMPILED or provider.name == "triton":
                     try:
-                        prepared(bout.contest, provider, start.to("cuda"), given)()
+                        with use_backend(provider.backend):
+                            prepared(bout.contest, provider, start.to("cuda"), given)()
                     except Exception as error:  # noqa: BLE001 the bout itself will say so in its row
                         print(first_line(error), file=sys.stderr)
 
 
 def compile_ahead(seconds: float) -> None:
     """Compile in several processes at once, for one alone would take most of the time."""
+    compilers = max(1, (os.cpu_count() or 1) // 2)
     command = [sys.executable, __file__, "compile"]
     workers = [
-        subprocess.Popen([*command, str(share), str(COMPILERS)], stderr=subprocess.DEVNULL)
-        for share in range(COMPILERS)
+        subprocess.Popen(
+            [*command, str(share), str(compilers)], stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        for share in range(compilers)
     ]
     end = time.perf_counter() + seconds
     for worker in workers:
         try:
             worker.wait(max(0.0, end - time.perf_counter()))
         except subprocess.TimeoutExpired:
-            worker.terminate()
+            # With the processes that compile for it.
+            os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
 
 
@@ -415,12 +449,16 @@ def described() -> dict[str, object]:
     }
 
 
-def all_bouts(shapes: dict[str, Shape], seconds: float, device: str, machine: Machine) -> Iterator[dict]:
-    """Rows of every bout, each with its share of the time that is left."""
+def all_bouts(
+    shapes: dict[str, Shape], seconds: float, device: str, machine: Machine, done: dict[Bout, frozenset[str]]
+) -> Iterator[dict]:
+    """Rows of every bout, each with its share of the time that is left, but those of the providers that are done."""
     end = time.perf_counter() + seconds
-    bouts = schedule(shapes)
-    weights = [WEIGHT.get(bout.contest.op, 1.0) for bout in bouts]
+    bouts = [
+        bout for bout in schedule(shapes) if {p.name for p in providers(bout.contest)} - done.get(bout, set())
+    ]
     for number, bout in enumerate(bouts):
+        without = done.get(bout, frozenset())
         left = max(0.0, end - time.perf_counter())
         try:
             # Graphs of the compiler hold memory of their own.
@@ -429,14 +467,83 @@ def all_bouts(shapes: dict[str, Shape], seconds: float, device: str, machine: Ma
             torch.cuda.empty_cache()
             start = inputs(shapes[bout.shape]).to(device)
             with tf32(bout.precision == "tf32"):
-                rows = measure(bout, start, left * weights[number] / sum(weights[number:]), machine)
+                rows = measure(bout, start, left * weight([bout]) / weight(bouts[number:]), machine, without)
                 add_accuracy(rows, bout, start)
+        except DeviceLost:
+            raise
         except RuntimeError as error:
-            # Such as a fault on the device, after which every later bout fails too, and says so.
-            rows = [
-                row_of(bout, provider, f"failed: {first_line(error)}") for provider in providers(bout.contest)
-            ]
+            failed = f"failed: {first_line(error)}"
+            rows = [row_of(bout, p, failed) for p in providers(bout.contest) if p.name not in without]
+            if lost():
+                raise DeviceLost(rows) from error
         yield from rows
+
+
+def read_rows(path: Path) -> list[dict]:
+    """What `measure_shape` wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def measure_shape(shape: str, seconds: float, machine: Machine, path: Path) -> int:
+    """Add to `path` the rows of a shape that are not there, a line of JSON each, as soon as they are measured.
+
+    Exit status: 0, or LOST.
+    """
+    shapes, rows = {shape: GPU_SHAPES[shape]}, read_rows(path)
+    done = {
+        bout: frozenset(row["provider"] for row in rows if gpu_table.place(row) == place_of(bout))
+        for bout in schedule(shapes)
+    }
+    with path.open("a") as lines:
+
+        def write(row: dict) -> None:
+            print(json.dumps(row), file=lines, flush=True)
+            if row["status"] != "ok":
+                print(gpu_table.place(row), row["provider"], row["status"], file=sys.stderr)
+
+        try:
+            for row in all_bouts(shapes, seconds, "cuda", machine, done):
+                write(row)
+        except DeviceLost as fault:
+            for row in fault.rows:
+                write(row)
+            return LOST
+    return 0
+
+
+def place_of(bout: Bout) -> str:
+    """Place of the rows of a bout."""
+    return gpu_table.place(row_of(bout, PROVIDERS[0]))
+
+
+def rows_of_shape(shape: str, seconds: float, machine: Machine, command: list[str]) -> list[dict]:
+    """Rows of a shape, measured by `command` in processes of their own; what they did not get to says why."""
+    end = time.perf_counter() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.jsonl")
+        path.touch()
+        rows, ended, before = [], "", -1
+        # One that ends without a row would end so again.
+        while len(rows) > before and ended in ("", f"ended with {LOST}"):
+            left, before = max(0.0, end - time.perf_counter()), len(rows)
+            words = [*command, shape, str(left), json.dumps(machine), str(path)]
+            try:
+                ended = f"ended with {subprocess.run(words, timeout=left + LATE).returncode}"
+            except subprocess.TimeoutExpired:
+                ended = "did not end"
+            rows = read_rows(path)
+    found = {(gpu_table.place(row), row["provider"]) for row in rows}
+    missing = (
+        row_of(bout, provider, f"failed: the process of the shape {ended}")
+        for bout in schedule({shape: GPU_SHAPES[shape]})
+        for provider in providers(bout.contest)
+    )
+    return rows + [row for row in missing if (gpu_table.place(row), row["provider"]) not in found]
+
+
+def weight(bouts: list[Bout]) -> float:
+    """Share of the time, in that of an op."""
+    return sum(WEIGHT.get(bout.contest.op, 1.0) for bout in bouts)
 
 
 def main(seconds: float) -> int:
@@ -444,11 +551,14 @@ def main(seconds: float) -> int:
     end = time.perf_counter() + seconds
     compile_ahead(COMPILING * seconds)
     machine = measure_machine()
-    rows = []
-    for row in all_bouts(GPU_SHAPES, end - time.perf_counter(), "cuda", machine):
-        rows.append(row)
-        if row["status"] != "ok":
-            print(gpu_table.place(row), row["provider"], row["status"], file=sys.stderr)
+    torch.cuda.empty_cache()
+    rows, left = [], {shape: weight(schedule({shape: GPU_SHAPES[shape]})) for shape in GPU_SHAPES}
+    for shape in GPU_SHAPES:
+        share = left[shape] / sum(left.values())
+        rows += rows_of_shape(
+            shape, share * (end - time.perf_counter()), machine, [sys.executable, __file__, "shape"]
+        )
+        del left[shape]
     record = {"machine": described(), "rates": machine._asdict(), "rows": rows}
     for path in gpu_table.write(record, RESULTS):
         print(f"written: {path}")
@@ -459,5 +569,8 @@ def main(seconds: float) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "compile":
         compile_share(*map(int, sys.argv[2:]))
+    elif sys.argv[1] == "shape":
+        name, given, rates, file = sys.argv[2:]
+        sys.exit(measure_shape(name, float(given), Machine(*json.loads(rates)), Path(file)))
     else:
         sys.exit(main(float(sys.argv[1])))

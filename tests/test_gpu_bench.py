@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,8 +47,13 @@ def on_the_processor(emulated_kernels, monkeypatch):
     monkeypatch.setattr(gpu_bench, "calls_per_block", lambda call: 1)
     monkeypatch.setattr(gpu_bench, "peak_mib", lambda call: 8.0)
     monkeypatch.setattr(gpu_bench, "launches", lambda calls: dict.fromkeys(calls, 3))
+    monkeypatch.setattr(gpu_bench, "lost", lambda: False)
     with np.errstate(all="ignore"):
         yield
+
+
+def on_cpu(all_bouts, shapes, seconds, device, *rest):
+    return all_bouts(shapes, seconds, "cpu", *rest)
 
 
 # Statistics
@@ -278,7 +284,7 @@ def test_accuracy_is_told_next_to_that_of_autocast(on_the_processor):
 
 
 def test_all_bouts_share_the_time_each_at_its_precision(on_the_processor, monkeypatch):
-    def measure(bout, start, seconds, machine):
+    def measure(bout, start, seconds, machine, without):
         given.append(seconds)
         assert torch.backends.cuda.matmul.allow_tf32 == (bout.precision == "tf32")
         return [{"provider": ""}]
@@ -290,7 +296,7 @@ def test_all_bouts_share_the_time_each_at_its_precision(on_the_processor, monkey
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     monkeypatch.setattr(gpu_bench.gc, "collect", lambda: 0)
     monkeypatch.setattr(gpu_bench.time, "perf_counter", lambda: 0.0)
-    rows = list(gpu_bench.all_bouts(GPU_SHAPES, 100.0, "cpu", RATES))
+    rows = list(gpu_bench.all_bouts(GPU_SHAPES, 100.0, "cpu", RATES, {}))
     assert len(rows) == len(given) == 6 * len(CONTESTS)
     # 12 head steps of three shares, 36 ops of one; no bout took any time, so the last is offered all of it.
     assert given[0] == pytest.approx(100 * 3 / (12 * 3 + 36))
@@ -303,10 +309,48 @@ def test_a_fault_outside_of_a_provider_is_a_row_of_each(on_the_processor, monkey
     monkeypatch.setattr(gpu_bench.gc, "collect", lambda: 0)
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     monkeypatch.setattr(gpu_bench, "measure", breaks(RuntimeError("CUDA error")))
-    rows = list(gpu_bench.all_bouts({"A": TINY}, 1.0, "cpu", RATES))
+    rows = list(gpu_bench.all_bouts({"A": TINY}, 1.0, "cpu", RATES, {}))
     assert {row["status"] for row in rows} == {"failed: RuntimeError: CUDA error"}
     assert {row["op"] for row in rows} == {contest.op for contest in CONTESTS}
     assert sum(map(gpu_table.defective, rows)) == len(CONTESTS) * len(gpu_table.OURS)
+
+
+def test_a_fault_on_the_device_costs_the_provider_that_met_it(on_the_processor, monkeypatch, tmp_path):
+    def lost_device(*arguments):
+        raise RuntimeError("illegal access")
+
+    broken = replace(ORTHOGONALITY, smart=(lost_device,))
+    monkeypatch.setattr(gpu_bench, "CONTESTS", (broken,))
+    monkeypatch.setattr(gpu_bench, "inputs", lambda shape: step_inputs(TINY))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    monkeypatch.setattr(gpu_bench.gc, "collect", lambda: 0)
+    monkeypatch.setattr(gpu_bench, "all_bouts", partial(on_cpu, gpu_bench.all_bouts))
+    monkeypatch.setattr(gpu_bench, "lost", lambda: True)
+    statuses = []
+
+    def process(words, timeout):
+        shape, seconds, rates, path = words[1:]
+        machine = Machine(*json.loads(rates))
+        status = gpu_bench.measure_shape(shape, float(seconds), machine, Path(path))
+        statuses.append(status)
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(gpu_bench.subprocess, "run", process)
+    rows = gpu_bench.rows_of_shape("A", 60.0, RATES, ["measure"])
+    smart = [provider.name for provider in PROVIDERS if provider.family == "smart"]
+    # Each of them ends a process; the last process measures the rest.
+    assert statuses == [gpu_bench.LOST] * len(smart) + [0]
+    failed = {row["provider"] for row in rows if row["status"] != "ok"}
+    assert failed == set(smart) and len(rows) == len(PROVIDERS)
+
+
+def test_a_process_that_ends_without_a_row_is_told(monkeypatch):
+    monkeypatch.setattr(gpu_bench.subprocess, "run", lambda words, timeout: SimpleNamespace(returncode=-11))
+    rows = gpu_bench.rows_of_shape("A", 60.0, RATES, ["measure"])
+    assert {row["status"] for row in rows} == {"failed: the process of the shape ended with -11"}
+    assert len(rows) == sum(
+        len(gpu_bench.providers(bout.contest)) for bout in gpu_bench.schedule({"A": GPU_SHAPES["A"]})
+    )
 
 
 # Checks
@@ -441,7 +485,7 @@ def test_every_goal_is_of_a_column_and_a_shape():
 def of_shapes(op, loss_on=None, **times):
     """Rows of the back ends, with these times at each shape; None is a failure."""
     return [
-        row(name, shape, op, loss_on, **({"p50": value} if value else {"status": "failed: no"}))
+        row(name, shape, op, loss_on, **({"p50": value, "p80": value} if value else {"status": "failed: no"}))
         for name, values in times.items()
         for shape, value in zip(GPU_SHAPES, values, strict=True)
     ]
@@ -473,6 +517,33 @@ def test_the_entry_of_a_gpu_names_the_fastest_backends():
     }
     pasted = ast.literal_eval("{" + gpu_table.entry(record) + "}")
     assert pasted == {"NVIDIA Some GPU": {op: tuple(names) for op, names in found.items()}}
+
+
+def test_what_is_level_in_plain_calls_is_told_apart_as_a_graph():
+    rows = [
+        row("reference", "A", "proto_fit", None, p50=9, p80=9),
+        row("triton", "A", "proto_fit", None, p50=3, p80=4),
+        row("cuda", "A", "proto_fit", None, p50=3.5, p80=5),
+        row("triton graph", "A", "proto_fit", None, p50=2),
+        row("cuda graph", "A", "proto_fit", None, p50=1),
+    ]
+    assert gpu_table.backends({"rows": rows})["proto_fit"][0] == "cuda"
+    without_graph = [one for one in rows if one["provider"] != "cuda graph"]
+    assert gpu_table.backends({"rows": without_graph})["proto_fit"][0] == "triton"
+    rows[1]["p80"] = 3.4
+    assert gpu_table.backends({"rows": rows})["proto_fit"][0] == "triton"
+
+
+def test_the_readme_has_the_table_of_every_gpu_that_was_measured():
+    readme = (gpu.ROOT / "README.md").read_text()
+    files = [path for path in (gpu.ROOT / "benchmarks/results").glob("*.json") if path.stem[:3] != "cpu"]
+    assert files
+    for path in files:
+        record = json.loads(path.read_text())
+        assert gpu_table.head_steps(record) in readme
+        assert FASTEST[record["machine"]["gpu"]] == {
+            op: tuple(names) for op, names in gpu_table.backends(record).items()
+        }
 
 
 def test_the_bench_ends_with_the_entry():

@@ -9,7 +9,16 @@ from __future__ import annotations
 RANGES = (300, 3000, 13000)
 
 # GPU as torch names it: op: back end in each range.
-FASTEST: dict[str, dict[str, tuple[str, ...]]] = {}
+FASTEST: dict[str, dict[str, tuple[str, ...]]] = {
+    "NVIDIA H100 80GB HBM3": {
+        "head_loss": ("cuda", "cuda", "cuda", "cuda"),
+        "proto_logits": ("cuda", "cuda", "cuda", "reference"),
+        "pseudo_label": ("cuda", "cuda", "cuda", "cuda"),
+        "dual_cross_entropy": ("cuda", "cuda", "cuda", "cuda"),
+        "proto_fit": ("cuda", "cuda", "cuda", "cuda"),
+        "orthogonality": ("cuda", "reference", "cuda", "reference"),
+    },
+}
 
 
 def fastest(gpu: str, op: str, classes: int) -> str:
