@@ -261,7 +261,7 @@ def write(record: dict, folder: Path) -> list[Path]:
     rows = [flat(row) for row in record["rows"]]
     names = list(dict.fromkeys(name for row in rows for name in row))
     with sheet.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return [data, sheet, *pictures(record, folder, stem)]
