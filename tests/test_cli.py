@@ -394,7 +394,6 @@ def test_threads_and_determinism_are_set(monkeypatch):
     assert calls == [("threads", 1), ("deterministic", True)]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_an_absent_device_is_an_error():
     result = call("train", *QUICK, "--device", "cuda", code=1)
     assert "--device cuda: expected a CUDA device, got none" in result.output
