@@ -89,6 +89,8 @@ def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if hasattr(request.function, "hypothesis"):
         few = settings(settings.default, max_examples=EXAMPLES, phases=(Phase.explicit, Phase.generate))
         monkeypatch.setattr(request.function, "_hypothesis_internal_use_settings", few)
+    # A product of numpy is one of the processor's BLAS, which may round as it likes; this one has an order.
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: np.einsum("ik,kj->ij", a, b, dtype=dtype))
     # The interpreter computes in numpy, which warns of what a GPU does in silence.
     with np.errstate(all="ignore"):
         yield
