@@ -4,10 +4,17 @@ SHELL := bash
 .ONESHELL:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu lint format clean FORCE
+.PHONY: help demo test bench gpu lint format pin clean FORCE
 
 READY := .venv/ready
 BIN := .venv/bin
+# What pip may take of the ranges in pyproject.toml.
+VERSIONS ?= tested
+tested := constraints/tested.txt
+lowest := .venv/lowest.txt
+newest := /dev/null
+CONSTRAINTS := $(or $($(filter tested lowest newest,$(VERSIONS))),$(error \
+  VERSIONS must be tested, lowest or newest, got $(VERSIONS)))
 C_FILES := $(shell find csrc kernels tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Idle OpenMP threads sleep: spinning ones would take the cores from the others.
 export OMP_WAIT_POLICY := passive
@@ -18,7 +25,8 @@ endif
 
 help:  ## List the targets
 	echo "Set-up: Python >= 3.11, a C++ compiler, 9 GB of disk; about 4 minutes, once. PYTHON=... picks the"
-	echo "interpreter, ULFINE_CUDA=AUTO|ON|OFF the CUDA kernels, ARGS=... goes to the command that is run."
+	echo "interpreter, VERSIONS=tested|lowest|newest those of the packages, ULFINE_CUDA=AUTO|ON|OFF the CUDA kernels;"
+	echo "ARGS=... goes to the command that is run."
 	sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 
 demo: $(READY)  ## Train on the built-in data and write a report
@@ -49,6 +57,9 @@ format: $(READY)  ## Rewrite the sources in the house format
 	$(BIN)/ruff format --quiet .
 	$(BIN)/clang-format -i $(C_FILES)
 
+pin: $(READY)  ## Write the versions in .venv to constraints/tested.txt
+	$(BIN)/pip list --format=freeze --exclude-editable --exclude pip > $(tested)
+
 clean:  ## Remove .venv, the builds and the caches
 	rm -rf .venv build dist *.egg-info ulfine_fast/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find ulfine_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
@@ -68,6 +79,14 @@ print(name)
 endef
 export PROBE
 
+# Every lower bound of pyproject.toml as a version.
+define LOWEST
+import re
+bounds = re.findall(r"[\"']([\w-]+)>=([\d.]+)", open("pyproject.toml").read())
+print(*sorted(set(map("==".join, bounds))), sep="\n")
+endef
+export LOWEST
+
 # The first line of the log that names an error; CMake puts its text on the line below.
 define FIRST_ERROR
 cmake && NF { found = $$0; exit }
@@ -81,12 +100,13 @@ endef
 export FIRST_ERROR
 
 # Another choice than last time, or another place, sets up again.
-CHOICE := $(CURDIR) PYTHON=$(PYTHON) ULFINE_CUDA=$(ULFINE_CUDA)
+MADE := $(CURDIR) PYTHON=$(PYTHON) VERSIONS=$(VERSIONS)
+CHOICE := $(MADE) ULFINE_CUDA=$(ULFINE_CUDA)
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CHOICE))
 $(READY): FORCE
 endif
 
-$(READY): pyproject.toml setup.py CMakeLists.txt $(shell find csrc)
+$(READY): pyproject.toml setup.py CMakeLists.txt $(shell find csrc) $(wildcard $(CONSTRAINTS:/%=))
 	rm -f $@
 	log=.venv/setup.log
 	fail() { echo "set-up failed: $$*" >&2; exit 1; }
@@ -95,8 +115,7 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(shell find csrc)
 	read -ra compiler <<< "$${CXX:-c++}"
 	command -v "$${compiler[0]}" > /dev/null ||
 	  fail "expected a C++ compiler, got no $${compiler[0]}; install g++ or set CXX"
-	made="$(CURDIR) PYTHON=$(PYTHON)"
-	if ! { [ "$$(cat .venv/made 2> /dev/null)" = "$$made" ] && $(BIN)/python -c "$$PROBE" > /dev/null 2>&1; }; then
+	if ! { [ "$$(cat .venv/made 2> /dev/null)" = "$(MADE)" ] && $(BIN)/python -c "$$PROBE" > /dev/null 2>&1; }; then
 	  candidates=(python3.11 python3.12 python3.13 python3.14 python3)
 	  if [ -n "$(PYTHON)" ]; then candidates=("$(PYTHON)"); fi
 	  python= first=
@@ -111,7 +130,7 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(shell find csrc)
 	  echo "set-up 1/3: .venv for $$said (10 s)"
 	  rm -rf .venv; mkdir .venv
 	  run "$$python" -m venv .venv
-	  echo "$$made" > .venv/made
+	  echo "$(MADE)" > .venv/made
 	fi
 	rm -f $$log
 	# Downloads are unpacked where the free space was measured.
@@ -119,9 +138,10 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(shell find csrc)
 	mkdir -p "$$TMPDIR"
 	echo "set-up 2/3: build tools (20 s)"
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > .venv/build-tools.txt
-	run $(BIN)/pip install -q -r .venv/build-tools.txt
+	$(BIN)/python -c "$$LOWEST" > $(lowest)
+	run $(BIN)/pip install -q -c $(CONSTRAINTS) -r .venv/build-tools.txt
 	echo "set-up 3/3: torch and the other dependencies, then the C++ build (4 minutes, 1 when only sources changed)"
-	run $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	run $(BIN)/pip install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
 	rm -rf "$$TMPDIR"
 	run $(BIN)/python -P -c "import ulfine_fast._C"
 	echo "$(CHOICE)" > $@

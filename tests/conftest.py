@@ -89,6 +89,8 @@ def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if hasattr(request.function, "hypothesis"):
         few = settings(settings.default, max_examples=EXAMPLES, phases=(Phase.explicit, Phase.generate))
         monkeypatch.setattr(request.function, "_hypothesis_internal_use_settings", few)
+    # A product of numpy is one of the processor's BLAS, which may round as it likes; this one has an order.
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: np.einsum("ik,kj->ij", a, b, dtype=dtype))
     # The interpreter computes in numpy, which warns of what a GPU does in silence.
     with np.errstate(all="ignore"):
         yield
@@ -106,6 +108,16 @@ def _emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(_cuda, "kernels", request.getfixturevalue("emulated_kernels"))
         # MKL stands in for cuBLAS here, and unlike it rounds differently with another number of threads.
         monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is marked for a GPU needs one; from all other tests, and from processes of theirs, it is hidden."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    elif not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,6 @@ from ulfine_fast.trainer import (
 
 SCHEDULE = Schedule(steps=12, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=5)
 RUNS = [(name, optimizer) for name in ("ulfine", "ulfine_plus", "lift") for optimizer in ("sgd", "adamw")]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture
@@ -240,7 +239,6 @@ def test_a_learning_rate_that_a_graph_would_freeze_is_an_error(monkeypatch):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
 @pytest.mark.parametrize(("name", "optimizer"), RUNS)
 def test_on_a_device_a_captured_run_has_the_bits_of_a_plain_one(backend, name, optimizer):
@@ -250,7 +248,6 @@ def test_on_a_device_a_captured_run_has_the_bits_of_a_plain_one(backend, name, o
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_on_a_device_a_recording_changes_neither_head_nor_optimizer(optimizer):
     head, made, step, batches = parts("ulfine_plus", optimizer, "cuda")

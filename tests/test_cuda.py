@@ -338,18 +338,11 @@ def test_the_largest_share_may_be_anywhere(kernel):
 # On a device
 
 
-@pytest.fixture
-def device():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return torch.device("cuda")
-
-
-def results(of, device, name):
+def results(of, name):
     """What an op gives on the device, gradients included."""
-    x, w, t = (tensor.to(device).requires_grad_() for tensor in inputs(70, of, 65))
-    targets = (torch.arange(70, device=device) % of).where(torch.arange(70, device=device) % 5 != 0, -1)
-    state = torch.arange(of, device=device)
+    x, w, t = (tensor.cuda().requires_grad_() for tensor in inputs(70, of, 65))
+    rows, state = (torch.arange(n, device="cuda") for n in (70, of))
+    targets = (rows % of).where(rows % 5 != 0, -1)
     found = []
     for loss in (
         proto_logits(x, t, backend=name).square().sum(),
@@ -366,18 +359,16 @@ def results(of, device, name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("classes", [37, 1000])
-def test_on_a_device_every_op_follows_the_reference(device, classes):
-    for one, other in zip(
-        results(classes, device, "cuda"), results(classes, device, "reference"), strict=True
-    ):
+def test_on_a_device_every_op_follows_the_reference(classes):
+    for one, other in zip(results(classes, "cuda"), results(classes, "reference"), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
-def test_on_a_device_a_step_can_be_captured(device):
-    x, w, t = (tensor.to(device) for tensor in inputs())
+def test_on_a_device_a_step_can_be_captured():
+    x, w, t = (tensor.cuda() for tensor in inputs())
     w.requires_grad_()
-    targets, align, limit = TARGETS[:8].to(device), ALIGN.to(device), LIMIT.to(device)
+    targets, align, limit = TARGETS[:8].cuda(), ALIGN.cuda(), LIMIT.cuda()
 
     def captured():
         loss = head_loss(x, x[8:], targets, w, t, limit, align=align, backend="cuda")[0]

@@ -732,7 +732,6 @@ def test_without_unlabelled_images_only_labelled_ones_are_read():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_device_learns_what_the_processor_learns(precision, tmp_path):
     schedule = replace(SHORT, precision=precision)

@@ -13,10 +13,7 @@ from ulfine_fast.backend import COMPOSED, OPS
 from ulfine_fast.head_loss import head_loss
 from ulfine_fast.ops import dual_cross_entropy, orthogonality, proto_fit, proto_logits, pseudo_label
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 SHAPES = [(1, 1, 1), (33, 10, 65), (64, 32, 32), (480, 1000, 513), (257, 5003, 384)]
 SCALE = 25.0

@@ -236,7 +236,6 @@ def test_randaugment_on_the_device_changes_only_rounding() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("on_device", [False, True])
 def test_batches_arrive_on_the_device(on_device) -> None:
     options = {"randaugment_on_device": on_device}

@@ -589,7 +589,6 @@ def test_a_step_reads_nothing_back(monkeypatch, first, changes):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
 def test_a_step_never_waits_for_the_device(optimizer_name):
     schedule = replace(SCHEDULE, optimizer=optimizer_name)
@@ -607,7 +606,6 @@ def test_a_step_never_waits_for_the_device(optimizer_name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_run_on_the_device_is_that_on_the_cpu():
     data = small_data()
     runs = []

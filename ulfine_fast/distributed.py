@@ -86,7 +86,7 @@ def gather_rows(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
         return [tensor.flatten(0, 1) for tensor in tensors]
     octets = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in tensors]
     packed = octets[0].new_empty(world.size, sum(map(len, octets)))
-    dist.all_gather_into_tensor(packed.flatten(), torch.cat(octets))
+    dist.all_gather(list(packed), torch.cat(octets))
     gathered, start = [], 0
     for tensor, part in zip(tensors, octets, strict=True):
         # a copy starts where every dtype may start

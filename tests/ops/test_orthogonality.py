@@ -41,7 +41,8 @@ def assert_accurate(kernel, prototypes):
     got = run(prototypes, backend=kernel)
     eager = run(prototypes, function=orthogonality_reference)
     exact = run(prototypes.double(), function=orthogonality_reference)
-    assert_no_worse(got[0], eager[0], exact[0])
+    # A cosine is a sum of size 1, and its square is off by twice the cosine times what the sum is off.
+    assert_no_worse(got[0], eager[0], exact[0], scale=2 * exact[0].sqrt().item())
     # The gradient of a row is a mean of cosines over its norm, less the part along the row.
     norms = prototypes.double().norm(dim=-1)
     assert_no_worse(got[1], eager[1], exact[1], scale=4 / len(prototypes) / norms[norms > 0].min().item())
