@@ -99,12 +99,15 @@ def changed(method: Any, settings: list[str]) -> Any:
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """A console for standard output; a quiet one prints nothing."""
+    """A console for standard output that prints names as they are; a quiet one prints nothing."""
     from rich.console import Console
 
     # Piped output keeps its tables whole.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
-    return Console(width=width, highlight=False, quiet=quiet)
+    # a name may have characters that the encoding of the terminal lacks
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(width=width, markup=False, emoji=False, highlight=False, quiet=quiet)
 
 
 def set_threads(threads: int) -> None:
