@@ -621,6 +621,7 @@ def test_wrong_usage_of_finetune_is_2(tmp_path, words, message):
     ("words", "message"),
     [
         (["--labelled", "nowhere"], "labelled must be a readable folder, got nowhere: No such file"),
+        (["--test", "no\x1b[2J\u2028where"], "folder, got no\\x1b[2J\\u2028where: No such file"),
         (["--test", "empty"], "test must have class folders with images, got none in empty"),
         (["--unlabelled", "empty"], "unlabelled must have images, got none in empty"),
         (

@@ -156,6 +156,15 @@ def test_unlabelled_copies_of_labelled_images(tree: Path) -> None:
     assert len(data.unlabelled) == 5
 
 
+def test_a_relative_and_an_absolute_folder_hold_the_same_images(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tree / "test")
+    data = folder_data(Path("../labelled"), tree / "labelled", Path())
+    assert len(data.train) == 3
+    assert data.unlabelled_is_labelled.all()
+
+
 def test_labelled_links_to_unlabelled_images(tree: Path) -> None:
     (tree / "labelled/cat/known.png").symlink_to(tree / "unlabelled/6.png")
     data = folders(tree)

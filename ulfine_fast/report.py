@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -387,7 +387,7 @@ def _draw_points(
         axes.plot(places, row, label=what + name, **style)
 
 
-@lru_cache
+@cache
 def _fonts_for(text: str) -> list[str] | None:
     """Font families that between them have the characters of `text`, the usual one first; None if there are none."""
     from matplotlib import font_manager
@@ -410,7 +410,7 @@ def _fonts_for(text: str) -> list[str] | None:
     return None if lacking else families
 
 
-@lru_cache
+@cache
 def _characters(font: str) -> frozenset[int]:
     from matplotlib import font_manager
 

@@ -42,7 +42,10 @@ class Commands(TyperGroup):
         except FAILURES as error:
             if ctx.params.get("traceback"):
                 raise
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            from ulfine_fast.images import printable
+
+            lines = [printable(line) for line in str(error).split("\n") if line.strip()]
+            lines = lines or [type(error).__name__]
             # a full disk, say: what was written before is whole
             how_on = how_to_resume(ctx) if isinstance(error, OSError) else ""
             say("error: " + "\n".join(lines[: 1 if how_on else 2]) + how_on)
