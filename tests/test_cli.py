@@ -551,6 +551,7 @@ def test_names_of_any_bytes_reach_the_last_report(tmp_path, pictures, recwarn):
     for name in names:
         assert f"│ {name} │ " in said
     assert "[red]/[red] broken.png" in said
+    assert "[red]/[red] broken.png" in metrics["reading"]
     assert said.endswith("to runs/[old] run")
     with (tmp_path / "runs/[old] run/predictions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -17,6 +17,7 @@ from rich.console import Console
 from ulfine_fast import report
 from ulfine_fast.config import METHODS
 from ulfine_fast.splits import ClassRow
+from ulfine_fast.terminal import make_console
 
 NAMES = ["coat", "bag", "shirt"]
 
@@ -224,6 +225,15 @@ def test_split_table_has_totals():
     assert "1,500" in text
     assert "1,503" in text
     assert "2,505" in text
+
+
+def test_tables_print_names_as_they_are(capsys):
+    names = ["[/happy]", "[red]", ":smile:", "beach [edited]"]
+    rows = [ClassRow(k, name, 1, 1, "few") for k, name in enumerate(names)]
+    make_console().print(report.split_report(rows, "[bold]Split"))
+    text = capsys.readouterr().out
+    assert all(f"│ {name} " in text for name in names)
+    assert "[bold]Split" in text
 
 
 def test_the_table_of_many_classes_shows_both_ends():
