@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +28,7 @@ from ulfine_fast.checkpoint import load_checkpoint
 from ulfine_fast.cli import app
 from ulfine_fast.config import METHODS, Schedule
 from ulfine_fast.fastest import FASTEST
+from ulfine_fast.terminal import make_console
 from ulfine_fast.validation import ETAS
 
 QUICK = ["--steps", "30", "--log-every", "10"]
@@ -295,7 +299,7 @@ def test_demo_compares_every_method(tmp_path):
     assert "runs/demo" in result.output
     assert "±" in result.output
     with (folder / "predictions.csv").open(newline="") as file:
-        assert len(next(csv.reader(file))) == 2 + 2 * len(METHODS)
+        assert len(next(csv.reader(file))) == 3 + 3 * len(METHODS)
 
 
 def test_demo_of_chosen_methods_and_one_seed(tmp_path):
@@ -323,9 +327,11 @@ def test_demo_replaces_its_own_reports():
 
 
 def test_demo_takes_its_seeds_from_the_configuration(tmp_path):
-    schedule = replace(Schedule(), steps=5)
-    one = demo.run_demo(tmp_path / "a", seeds=(3,), methods={"lift": METHODS["lift"]}, schedule=schedule)
-    two = demo.run_demo(tmp_path / "b", seeds=(3,), methods={"lift": METHODS["lift"]}, schedule=schedule)
+    options = {"methods": {"lift": METHODS["lift"]}, "schedule": replace(Schedule(), steps=5)}
+    one, two = (
+        demo.run_demo(tmp_path / name, seeds=(3,), console=make_console(quiet=True), **options)
+        for name in ("a", "b")
+    )
     runs = [record["methods"]["lift"]["runs"][0]["metrics"] for record in (one, two)]
     assert runs[0] == runs[1]
 
@@ -496,11 +502,88 @@ def test_finetune_writes_everything_and_says_what_it_did(tmp_path, pictures):
     right = sum(row["truth"] == row["ulfine_prediction"] for row in rows)
     assert right / len(rows) == pytest.approx(metrics["metrics"]["fused"]["overall"])
     assert rows[0]["image"] == "test/red_fox/0.png"
+    # one order of classes in both files, each with number and name
+    names = [row["name"] for row in metrics["classes"]]
+    assert [row["id"] for row in metrics["classes"]] == [0, 1, 2]
+    for column in ("truth", "ulfine_prediction"):
+        assert all(row[f"{column}_name"] == names[int(row[column])] for row in rows)
+    of_fox = [row for row in rows if row["truth_name"] == "red fox"]
+    right = sum(row["ulfine_prediction_name"] == "red fox" for row in of_fox)
+    assert right / len(of_fox) == metrics["metrics"]["fused"]["per_class"][names.index("red fox")]
 
     call("evaluate", "runs/a")
     assert strict(run / "evaluation.json")["metrics"] == metrics["metrics"]
     call("export", "runs/a", "head.safetensors")
     assert (tmp_path / "head.safetensors").stat().st_size > 0
+
+
+HOSTILE = (
+    b"[red]",
+    b"[bold",
+    b":smile:",
+    b"$",
+    b"$$",
+    b"$x^$ {place} {}",
+    b"-1",
+    b"nan",
+    b'a,b;"c"',
+    b"two\nlines",
+    "line\u2028separator".encode(),
+    b"\x1b[31mescape",
+    b"caf\xe9 latin",
+    "\u732b".encode(),
+)
+
+
+def test_names_of_any_bytes_reach_the_last_report(tmp_path, pictures, recwarn):
+    composed, combining = "caf\u00e9".encode(), "cafe\u0301".encode()
+    for part, last in (("labelled", composed), ("test", combining)):
+        for name in map(os.fsdecode, (*HOSTILE, last)):
+            folder = tmp_path / "hostile" / part / name
+            folder.mkdir(parents=True)
+            shutil.copy(tmp_path / "test/tree/0.png", folder / f"{name}.png")
+    (tmp_path / "hostile/test/[red]/[red] broken.png").write_bytes(b"none")
+    words = [*pictures, "--labelled", "hostile/labelled", "--test", "hostile/test", "--out", "runs/[old] run"]
+    result = call("finetune", *words)
+    metrics = strict(tmp_path / "runs/[old] run/metrics.json")
+    names = [row["name"] for row in metrics["classes"]]
+    assert len(names) == len(HOSTILE) + 1
+    assert {"[red]", ":smile:", "$$", "$x^$ {place} {}", "nan", "two\\nlines", "line\\u2028separator"} <= {
+        *names
+    }
+    assert {"\\x1b[31mescape", "caf\\xe9 latin", "\u732b", "caf\u00e9"} <= {*names}
+    said = " ".join(result.output.split())
+    for name in names:
+        assert f"│ {name} │ " in said
+    assert "[red]/[red] broken.png" in said
+    assert "[red]/[red] broken.png" in metrics["reading"]
+    assert said.endswith("to runs/[old] run")
+    with (tmp_path / "runs/[old] run/predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["truth_name"] for row in rows} == {*names}
+    assert all(len(row["image"].splitlines()) == 1 for row in rows)
+    assert {path.name for path in (tmp_path / "runs/[old] run").glob("*.png")} == PICTURES
+    assert not [warning for warning in recwarn if "lyph" in str(warning.message)]
+    call("evaluate", "runs/[old] run")
+    call("export", "runs/[old] run", "head.safetensors")
+
+
+def test_pictures_of_a_run_do_not_become_its_data(tmp_path, pictures):
+    words = [*pictures, "--unlabelled", "."]
+    call("finetune", *words, "--out", "runs/a")
+    call("finetune", *words, "--seed", "1", "--out", "runs/b")
+    one, two = (strict(tmp_path / f"runs/{name}/metrics.json") for name in "ab")
+    assert two["notes"][-1].endswith("folder of a run 1")
+    call("evaluate", "runs/a")
+    assert strict(tmp_path / "runs/a/evaluation.json")["metrics"] == one["metrics"]
+
+
+def test_a_console_of_another_encoding_shows_what_it_lacks(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    make_console().print("\u732b caf\u00e9 \udcff")
+    stream.flush()
+    assert stream.buffer.getvalue().decode("latin-1") == "\\u732b caf\u00e9 \\udcff\n"
 
 
 def test_finetune_says_which_eta_it_chose(tmp_path, pictures):
@@ -528,6 +611,10 @@ def test_finetune_says_which_eta_it_chose(tmp_path, pictures):
         (["--dataset", "cifar10", "--set", "views=two"], "--set views: expected int, got 'two'"),
         (["--dataset", "cifar10", "--ema", "1"], "ema must be in [0, 1), got 1.0"),
         (["--dataset", "cifar10", "--resume", "--overwrite"], "expected --resume or --overwrite, got both"),
+        *(
+            (["--dataset", "cifar10", "--template", text], f"and no other brace, got '{text}'")
+            for text in ("a photo", "a {} of {place}", "{}}", "{} or {}", "{0}")
+        ),
     ],
 )
 def test_wrong_usage_of_finetune_is_2(tmp_path, words, message):
@@ -540,6 +627,7 @@ def test_wrong_usage_of_finetune_is_2(tmp_path, words, message):
     ("words", "message"),
     [
         (["--labelled", "nowhere"], "labelled must be a readable folder, got nowhere: No such file"),
+        (["--test", "no\x1b[2J\u2028where"], "folder, got no\\x1b[2J\\u2028where: No such file"),
         (["--test", "empty"], "test must have class folders with images, got none in empty"),
         (["--unlabelled", "empty"], "unlabelled must have images, got none in empty"),
         (
@@ -549,7 +637,6 @@ def test_wrong_usage_of_finetune_is_2(tmp_path, words, message):
         (["--model", "ViT-Z"], "model must be lite0, lite2, timm:NAME, a folder"),
         (["--model", "ViT-B-32", "--pretrained", "mine"], "pretrained must be one of openai, "),
         (["--size", "33"], "size must be a multiple of the patch, 8, got 33"),
-        (["--template", "a photo"], "templates must be texts with one {} for the name, got ('a photo',)"),
         (["--blocks", "9"], "blocks must be in 1..3 for adaptformer, got 9"),
         (["--parts", "3"], "labelled_batch must be a multiple of processes x parts, 1 x 3, got 4"),
         (["--method", "zero_shot"], "steps must be 0 for a method that is not trained, got 6"),

@@ -421,8 +421,8 @@ def test_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arguments() -> None:
     assert list(IMAGE_DATASETS) == [*DATASETS, "stl10", "food101"]
     with pytest.raises(
-        ValueError, match="name must be one of fashion-mnist-subset, .*, food101, got 'mnist'"
+        ValueError, match="^data set must be one of fashion-mnist-subset, .*, food101, got 'mnist'"
     ):
         dataset_data("mnist", **SPLIT)
-    with pytest.raises(ValueError, match="unlabelled_largest must be given for cifar10, got None"):
+    with pytest.raises(ValueError, match="^unlabelled_largest must be given for cifar10, got None"):
         dataset_data("cifar10", labelled_largest=2, imbalance=2.0)

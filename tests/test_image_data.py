@@ -1,9 +1,10 @@
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from ulfine_fast.image_data import ImageData, absent_classes, shortened
+from ulfine_fast.image_data import ImageData, absent_classes, class_name, repeated_names, shortened
 from ulfine_fast.images import ImageArray
 
 
@@ -51,21 +52,56 @@ def test_counts() -> None:
         ({"unlabelled_truth": rows(2)}, "unlabelled_truth must be of length 4, got 1"),
         ({"test_labels": rows(0, 3)}, r"test_labels must be in 0\.\.2, got 0\.\.3"),
         ({"test_labels": rows(0)}, "test_labels must be of length 2, got 1"),
-        ({"labelled": rows(), "labels": rows()}, "labelled must have at least one image, got none"),
-        ({"test": numbered(0, "x"), "test_labels": rows()}, "test must have at least one image, got none"),
         ({"validation": numbered(1, "x")}, "must be both given or both None"),
         (
             {"validation": numbered(1, "x"), "validation_labels": rows(3)},
             r"validation_labels must be in 0\.\.2",
         ),
-        ({"class_names": ("a",)}, "class names must be at least two, distinct and not empty, got a"),
-        ({"class_names": ("a", "b", "a")}, "distinct and not empty, got a, b, a"),
-        ({"class_names": ("a", "b", " ")}, "distinct and not empty"),
     ],
 )
 def test_image_data_checks_its_fields(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^ImageData: .*{message}"):
         replace(DATA, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labelled": rows(), "labels": rows()}, "labelled must have at least one image, got none"),
+        ({"test": numbered(0, "x"), "test_labels": rows()}, "test must have at least one image, got none"),
+        ({"class_names": ("a",)}, "classes must be at least two, got a"),
+        ({"class_names": ("a", "b", " ")}, "class names must not be empty, got ' ' for class 2"),
+    ],
+)
+def test_errors_about_the_data_of_people_name_nothing_internal(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        replace(DATA, **changes)
+
+
+def test_classes_of_one_name_are_told_apart_by_number() -> None:
+    assert replace(DATA, class_names=("a", "b", "a")).labelled_counts.tolist() == [2, 0, 1]
+    names = ["missile", "tree", "missile", "sunglasses", "missile", "sunglasses"]
+    assert repeated_names(names) == [
+        "classes: 2 names are those of several classes, told apart by number: missile (0, 2, 4), sunglasses (3, 5)"
+    ]
+    assert repeated_names("abc") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("sea_lion", "sea lion"),
+        ("cafe\u0301", "caf\u00e9"),
+        (os.fsdecode(b"caf\xe9"), "caf\\xe9"),
+        (" two\nlines\u2028three ", "two\\nlines\\u2028three"),
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("[/b] $x$ {} \u732b", "[/b] $x$ {} \u732b"),
+        ("_", "_"),
+    ],
+)
+def test_a_name_is_one_whatever_the_bytes_it_is_written_with(text: str, name: str) -> None:
+    assert class_name(text) == name
+    assert class_name(name) == name
 
 
 def test_identity() -> None:
@@ -89,5 +125,6 @@ def test_notes_are_short() -> None:
     assert shortened("abc") == "a, b, c"
     assert shortened("abc", 2) == "a, b, ... (3 in all)"
     assert shortened([]) == "none"
+    assert shortened(["a\nb", os.fsdecode(b"\xff")]) == "a\\nb, \\xff"
     assert absent_classes("test", rows(1, 1), ("a", "b", "c")) == ["test: no image of 2 classes: a, c"]
     assert absent_classes("test", rows(1, 0), ("a", "b")) == []

@@ -80,27 +80,57 @@ def test_a_moved_folder_has_the_same_identity(tree: Path) -> None:
 
 def test_classes_that_one_part_lacks(tree: Path) -> None:
     write(tree, "labelled/ape/1.png test/zebra/1.png")
-    (tree / "labelled/empty").mkdir()
     data = folders(tree)
-    assert data.class_names == ("ape", "cat", "empty", "sea lion", "zebra")
-    assert data.labelled_counts.tolist() == [1, 2, 0, 1, 0]
-    assert data.test_labels.tolist() == [1, 3, 4]
-    assert data.notes == (
-        "labelled: no image of 2 classes: empty, zebra",
-        "test: no image of 2 classes: ape, empty",
-    )
+    assert data.class_names == ("ape", "cat", "sea lion", "zebra")
+    assert data.labelled_counts.tolist() == [1, 2, 1, 0]
+    assert data.test_labels.tolist() == [1, 2, 3]
+    assert data.notes == ("labelled: no image of 1 classes: zebra", "test: no image of 1 classes: ape")
+
+
+def test_a_folder_without_images_is_no_class(tree: Path) -> None:
+    for name in ("labelled/empty", "labelled/Makefiles/x", "test/known"):
+        (tree / name).mkdir(parents=True)
+    (tree / "labelled/Makefiles/x/Makefile").touch()
+    data = folders(tree)
+    assert data.class_names == ("cat", "sea lion")
+    assert "no image in any part, so no class: Makefiles, empty, known" in data.notes
+    write(tree, "pool/known/1.png pool/cat/2.png")
+    assert folders(tree, "pool").class_names == ("cat", "known", "sea lion")
+
+
+def test_folders_of_the_system_are_ignored(tree: Path) -> None:
+    write(tree, "labelled/__MACOSX/cat/1.png labelled/cat/@eaDir/1.jpg test/$RECYCLE.BIN/1.png")
+    (tree / "labelled/lost+found").mkdir()
+    data = folders(tree)
+    assert data.class_names == ("cat", "sea lion")
+    assert data.labelled_counts.tolist() == [2, 1]
+    assert data.notes == ()
+
+
+def test_pictures_of_runs_are_no_data(tree: Path) -> None:
+    before = folders(tree)
+    write(tree, "unlabelled/runs/a/class_counts.png labelled/cat/run/class_counts.png")
+    for run in ("unlabelled/runs/a", "labelled/cat/run"):
+        for name in ("metrics.json", "predictions.csv"):
+            (tree / run / name).touch()
+    data = folders(tree)
+    assert data.identity == before.identity
+    assert len(data.notes) == 2
+    assert all(note.endswith(": folder of a run 1") for note in data.notes)
 
 
 def test_files_that_are_left_out(tree: Path) -> None:
-    for name in ("labelled/cat/a.txt", "labelled/cat/b.TXT", "labelled/cat/Makefile", "labelled/cat/.c.png"):
-        (tree / name).touch()
+    for name in ("a.txt", "b.TXT", "Makefile", ".c.png", "d.heic"):
+        (tree / "labelled/cat" / name).touch()
+    os.mkfifo(tree / "labelled/cat/pipe.png")
     write(tree, "labelled/.git/1.png labelled/stray.png")
     (tree / "labelled/cat/gone.png").symlink_to(tree / "nowhere")
     data = folders(tree)
     assert data.labelled_counts.tolist() == [2, 1]
     assert data.notes == (
-        "labelled: skipped 4 files that are no images by their extension (.txt 2, dead link 1, without 1)",
-        f"labelled: skipped 1 images outside a class folder, such as {tree}/labelled/stray.png",
+        "labelled: skipped 6 entries, by name no images in JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, AVIF, JPEG2000:"
+        " .heic 1, .txt 2, dead link 1, no regular file 1, without extension 1",
+        f"labelled: skipped 1 images outside a class folder: {tree}/labelled/stray.png",
     )
 
 
@@ -126,6 +156,15 @@ def test_unlabelled_copies_of_labelled_images(tree: Path) -> None:
     assert len(data.unlabelled) == 5
 
 
+def test_a_relative_and_an_absolute_folder_hold_the_same_images(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tree / "test")
+    data = folder_data(Path("../labelled"), tree / "labelled", Path())
+    assert len(data.train) == 3
+    assert data.unlabelled_is_labelled.all()
+
+
 def test_labelled_links_to_unlabelled_images(tree: Path) -> None:
     (tree / "labelled/cat/known.png").symlink_to(tree / "unlabelled/6.png")
     data = folders(tree)
@@ -142,7 +181,7 @@ def test_links_end(tree: Path) -> None:
     assert data.labelled_counts.tolist() == [2, 1]
     assert len(data.unlabelled) == 3
     assert "unlabelled: 3 images are listed twice and used once" in data.notes
-    assert "labelled: skipped 1 files that are no images by their extension (dead link 1)" in data.notes
+    assert any(note.startswith("labelled: skipped 1 ") and "dead link 1" in note for note in data.notes)
 
 
 def test_names_with_spaces_and_unicode(tree: Path) -> None:
@@ -151,10 +190,13 @@ def test_names_with_spaces_and_unicode(tree: Path) -> None:
     for part, name in (("labelled", composed), ("test", combining)):
         (tree / part / name).mkdir()
         Image.new("RGB", (2, 2)).save(tree / part / name / "a b.png")
+    (tree / "labelled/sea lion").mkdir()
+    Image.new("RGB", (2, 2)).save(tree / "labelled/sea lion/1.png")
     data = folders(tree)
     assert data.class_names == (composed, "cat", "sea lion", "猫")
-    assert data.labelled_counts.tolist() == [1, 2, 1, 1]
+    assert data.labelled_counts.tolist() == [1, 2, 2, 1]
     assert 0 in data.test_labels
+    assert "labelled: several folders are one class: sea lion" in data.notes
     assert all(data.train.read(i).mode == "RGB" for i in range(len(data.train)))
 
 
@@ -165,7 +207,14 @@ def test_training_images_in_the_test_part(tree: Path) -> None:
 
 def test_an_image_of_two_classes(tree: Path) -> None:
     (tree / "labelled/sea_lion/same.png").symlink_to(tree / "labelled/cat/1.png")
-    with pytest.raises(ValueError, match=r"^folder_data: labelled must give an image one class, got two for"):
+    message = f"^labelled: an image must have one class, got cat .*/cat/1.png. and sea lion .* for {tree}/.*/same.png$"
+    with pytest.raises(ValueError, match=message):
+        folders(tree)
+
+
+def test_a_training_image_of_another_class_in_the_test_part(tree: Path) -> None:
+    (tree / "test/sea_lion/leak.png").symlink_to(tree / "labelled/cat/1.png")
+    with pytest.raises(ValueError, match=r"^test: an image must have one class, got cat .* and sea lion"):
         folders(tree)
 
 
@@ -174,14 +223,21 @@ def test_empty_folder(part: str, tree: Path) -> None:
     (tree / "empty").mkdir()
     paths = {"labelled": tree / "labelled", "test": tree / "test", part: tree / "empty"}
     with pytest.raises(
-        ValueError, match=f"^folder_data: {part} must have class folders with images, got none"
+        ValueError, match=f"^{part} must have class folders with images, got none in {tree}/empty$"
     ):
         folder_data(paths["labelled"], None, paths["test"])
 
 
+def test_a_folder_of_other_formats_says_which(tree: Path) -> None:
+    (tree / "phone/cat").mkdir(parents=True)
+    (tree / "phone/cat/1.heic").touch()
+    with pytest.raises(ValueError, match=r"got none in .*phone; .*no images in JPEG, .*: \.heic 1$"):
+        folders(tree, "phone")
+
+
 def test_one_class_only(tmp_path: Path) -> None:
     write(tmp_path, "labelled/cat/1.png test/cat/2.png")
-    with pytest.raises(ValueError, match="at least two, distinct and not empty, got cat$"):
+    with pytest.raises(ValueError, match="^classes must be at least two, got cat$"):
         folders(tmp_path, None)
 
 
@@ -198,9 +254,7 @@ def test_folders_that_cannot_be_read(tree: Path, monkeypatch: pytest.MonkeyPatch
         return scandir(path)
 
     monkeypatch.setattr(image_folders.os, "scandir", denied)
-    with pytest.raises(
-        OSError, match="^folder_data: labelled must be .*/labelled/cat/deep: Permission denied$"
-    ):
+    with pytest.raises(OSError, match="^labelled must be .*/labelled/cat/deep: Permission denied$"):
         folders(tree)
 
 

@@ -72,9 +72,7 @@ def test_root_of_a_table(tree: Path) -> None:
     (tree / "tables").mkdir()
     path = written(tree / "tables", TABLE)
     assert len(table_data(path, tree).train) == 4
-    with pytest.raises(
-        ValueError, match=r"^table_data: labelled must name image files, got .*, which is none$"
-    ):
+    with pytest.raises(ValueError, match=r"^labelled must name image files, got .*, which is none$"):
         table_data(path)
     absolute = TABLE.replace("labelled/cat/1.png", str(tree / "labelled/cat/1.png"))
     assert len(table_data(written(tree / "tables", absolute), tree).train) == 4
@@ -101,6 +99,71 @@ def test_whole_numbers_stored_as_floating_point(tree: Path) -> None:
     assert data.class_names == ("9", "10")
     assert data.labels.tolist() == [1, 0]
     assert data.unlabelled_truth.tolist() == [-1]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("mark", ["-1", "-1.0", "nan", "None", "<NA>"])
+def test_marks_of_no_label_are_none(mark: str, suffix: str, tree: Path) -> None:
+    table = TABLE.replace(",unlabelled/6.png", f"{mark},unlabelled/6.png")
+    data = table_data(written(tree, table, suffix))
+    assert data.class_names == ("cat", "sea lion")
+    assert data.unlabelled_truth.tolist() == [-1, 1]
+    assert data.notes[0] == f"1 training rows are unlabelled: their label is {mark}"
+    test = table.replace('cat,"test/cat', f'{mark},"test/cat')
+    with pytest.raises(ValueError, match=f"6?, column label: expected a class, got {mark}$"):
+        table_data(written(tree, test, suffix))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_whole_numbers_with_a_point_are_numbers(suffix: str, tree: Path) -> None:
+    data = table_data(written(tree, TABLE.replace("cat,", "10.0,").replace("sea_lion,", "9.0,"), suffix))
+    assert data.class_names == ("9", "10")
+
+
+def test_columns_of_other_things_than_text_and_numbers(tree: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"path": ["labelled/cat/1.png"], "label": [["cat"]], "split": ["train"]}
+    parquet.write_table(pyarrow.table(columns), tree / "table.parquet")
+    with pytest.raises(ValueError, match=r"row 1, column label: expected text or a number, got list$"):
+        table_data(tree / "table.parquet")
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_columns_may_be_apart_by_other_marks(mark: str, tree: Path) -> None:
+    assert table_data(written(tree, TABLE.replace(",", mark))).class_names == ("cat", "sea lion")
+
+
+def test_a_file_by_two_paths_is_one(tree: Path) -> None:
+    (tree / "link.png").symlink_to(tree / "labelled/cat/1.png")
+    (tree / "linked").symlink_to(tree / "labelled")
+    (tree / "linked_cat").symlink_to(tree / "labelled/cat")
+    # behind the link, the folder above is labelled/
+    paths = ("link.png", "linked/cat/1.png", f"{tree}/labelled/cat/1.png", "linked_cat/../cat/1.png")
+    for path in paths:
+        copy = table_data(written(tree, f"{TABLE},{path},,unlabelled\n"))
+        assert copy.unlabelled_is_labelled.tolist() == [False, False, True]
+        leak = table_data(written(tree, f"{TABLE}cat,{path},,test\n"))
+        assert (
+            f"test: 1 images are training images too: {tree}/{path}".replace(f"{tree}//", "/") in leak.notes
+        )
+        for split in ("train", "test", "unlabelled"):
+            with pytest.raises(
+                ValueError, match="an image must have one class, got cat .line 2. and sea lion"
+            ):
+                table_data(written(tree, f"{TABLE}sea_lion,{path},,{split}\n"))
+
+
+def test_a_path_in_another_form_of_unicode_is_that_of_the_file(tree: Path) -> None:
+    composed, combining = "caf\u00e9", "cafe\u0301"
+    for on_disk, listed in ((composed, combining), (combining, composed)):
+        folder = tree / on_disk
+        folder.mkdir()
+        Image.new("RGB", (2, 2)).save(folder / f"{on_disk}.png")
+        data = table_data(written(tree, f"{TABLE}{listed},{listed}/{listed}.png,,test\n"))
+        assert data.test.read(1).size == (2, 2)
+        assert data.class_names[0] == composed
 
 
 def test_labels_that_only_unlabelled_rows_have(tree: Path) -> None:
@@ -132,7 +195,7 @@ def test_an_image_in_two_parts(tree: Path) -> None:
         (("4.png", '4"png'), ", after line 5: .*expected after"),
         (
             (",,val\n", ",,val\nsea_lion,labelled/cat/1.png,,train\n"),
-            r"labelled must give an image one class, got two for .*1.png \(line 2 and line 8\)",
+            r"^labelled: an image must have one class, got cat \(line 2\) and sea lion \(line 8\) for .*1.png$",
         ),
     ],
 )
@@ -157,14 +220,12 @@ def test_errors_of_parquet_name_the_row(tree: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_other_tables(tree: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"^table_data: path must end in one of \.csv, \.tsv, \.parquet, got"
-    ):
+    with pytest.raises(ValueError, match=r"^table must end in one of \.csv, \.tsv, \.parquet, got"):
         table_data(tree / "table.xlsx")
     with pytest.raises(FileNotFoundError):
         table_data(tree / "absent.csv")
     (tree / "table.csv").write_bytes(b"path,label,split\n\xff,a,train\n")
-    with pytest.raises(ValueError, match=r"table\.csv, after line \d: "):
+    with pytest.raises(ValueError, match=r"table\.csv, line 2: expected UTF-8 text, got the byte 0xff$"):
         table_data(tree / "table.csv")
     with pytest.raises(ValueError, match="expected the columns path, label, split, got none"):
         table_data(written(tree, ""))
@@ -215,6 +276,26 @@ def test_options_of_lists(tmp_path: Path) -> None:
     assert len(list_data(*lists, tmp_path, labelled_share=1).labelled) == 101
 
 
+def test_names_of_several_classes(tmp_path: Path) -> None:
+    lists = write_list(tmp_path, "train", [0, 1, 2]), write_list(tmp_path, "test", [0, 1, 2])
+    (tmp_path / "names.txt").write_text("Sea_Lion\nmis\u2028sile\nSea Lion\n\n", encoding="utf-8")
+    data = list_data(*lists, tmp_path, labelled_share=1, class_names=tmp_path / "names.txt")
+    assert data.class_names == ("Sea Lion", "mis\\u2028sile", "Sea Lion")
+    assert data.labels.tolist() == [0, 1, 2]
+    assert data.notes[0].endswith("told apart by number: Sea Lion (0, 2)")
+
+
+def test_text_files_in_another_encoding_are_named(tmp_path: Path) -> None:
+    lists = write_list(tmp_path, "train", [0, 1]), write_list(tmp_path, "test", [0, 1])
+    names = tmp_path / "names.txt"
+    names.write_bytes("a\nb\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"names\.txt, line 1: expected UTF-8 text, got the byte 0xff$"):
+        list_data(*lists, tmp_path, class_names=names)
+    lists[1].write_bytes(b"a.png 0\r\ncaf\xe9.png 1\r\n")
+    with pytest.raises(ValueError, match=r"test\.txt, line 2: expected UTF-8 text, got the byte 0xe9$"):
+        list_data(*lists, tmp_path)
+
+
 def edited(edit: Callable[[str], str]) -> Callable[[Path], None]:
     return lambda path: path.write_text(edit(path.read_text()))
 
@@ -235,7 +316,7 @@ def edited(edit: Callable[[str], str]) -> Callable[[Path], None]:
             "labels must be in 0..C-1, got 77 among 4 images",
         ),
         (edited(lambda text: "7\n" + text), "line 1: expected a path and a class number, got '7'"),
-        (edited(lambda text: text + "train images/0.png 1\n"), r"got two for .* \(.* line 1 and .* line 4\)"),
+        (edited(lambda text: text + "train images/0.png 1\n"), r"got 0 \(.* line 1\) and 1 \(.* line 4\)"),
     ],
 )
 def test_errors_of_lists_name_the_line(edit: Callable, message: str, tmp_path: Path) -> None:
@@ -248,10 +329,11 @@ def test_errors_of_lists_name_the_line(edit: Callable, message: str, tmp_path: P
 def test_other_errors_of_lists(tmp_path: Path) -> None:
     lists = write_list(tmp_path, "train", [0, 1]), write_list(tmp_path, "test", [0, 2])
     for share in (0, 1.5):
-        with pytest.raises(
-            ValueError, match=rf"^list_data: labelled_share must be in \(0, 1\], got {share}$"
-        ):
+        with pytest.raises(ValueError, match=rf"^labelled_share must be in \(0, 1\], got {share}$"):
             list_data(*lists, tmp_path, labelled_share=share)
+    (tmp_path / "names.txt").write_text("a\n\nb\n")
+    with pytest.raises(ValueError, match=r"names\.txt, line 2: expected a class name, got nothing$"):
+        list_data(*lists, tmp_path, class_names=tmp_path / "names.txt")
     (tmp_path / "names.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"names\.txt: expected 3 class names, got 2$"):
         list_data(*lists, tmp_path, class_names=tmp_path / "names.txt")
@@ -259,5 +341,5 @@ def test_other_errors_of_lists(tmp_path: Path) -> None:
         list_data(*lists, tmp_path / "elsewhere")
     for path in lists:
         path.write_text("")
-    with pytest.raises(ValueError, match="at least two, distinct and not empty, got none"):
+    with pytest.raises(ValueError, match="^classes must be at least two, got none$"):
         list_data(*lists, tmp_path)

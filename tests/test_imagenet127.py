@@ -125,7 +125,7 @@ def test_other_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"labelled_share must be in \(0, 1\], got 0$"):
         imagenet127_data(tmp_path, labelled_share=0)
     write(tmp_path, LABELS + 2, TEST_LABELS)
-    with pytest.raises(ValueError, match="labels must begin at 0 or 1, got 2"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: expected labels from 0 or from 1, got 2$"):
         imagenet127_data(tmp_path, labelled_share=0.1)
     write(tmp_path, np.where(LABELS == 2, 999, LABELS), TEST_LABELS)
     with pytest.raises(ValueError, match=r"labels of 127 classes, got 0\.\.999 .*give superclasses"):

@@ -1,3 +1,4 @@
+import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,21 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     assert refusal(tmp_path / "text.jpg").startswith("not an image in JPEG, PNG")
     assert refusal(tmp_path / "folder.jpg") == "Is a directory"
     assert refusal(tmp_path / "absent.jpg") == "No such file or directory"
+
+
+def test_files_of_any_name_are_read_and_named_in_one_line(tmp_path: Path) -> None:
+    names = [b"caf\xe9.png", b"two\nlines.png", b"\x1b[31m.png"]
+    paths = [os.path.join(os.fsencode(tmp_path), name) for name in names]  # noqa: PTH118 (bytes)
+    for path in paths:
+        PICTURE.save(os.fsdecode(path))
+    files = ImageFiles(list(map(os.fsdecode, paths)))
+    assert all(files.read(row).size == PICTURE.size for row in range(len(files)))
+    shown = [files.name(row).removeprefix(f"{tmp_path}/") for row in range(len(files))]
+    assert shown == [r"caf\xe9.png", r"two\nlines.png", r"\x1b[31m.png"]
+    Path(os.fsdecode(paths[0])).write_bytes(b"")
+    with pytest.raises(UnreadableImage, match=r"caf\\xe9\.png: empty file$"):
+        files.read(0)
+    assert r"caf\xe9.png" in files.report.summary()
 
 
 def test_a_format_that_runs_programs_is_refused(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from ulfine_fast import report
 from ulfine_fast.config import METHODS
 from ulfine_fast.splits import ClassRow
+from ulfine_fast.terminal import make_console
 
 NAMES = ["coat", "bag", "shirt"]
 
@@ -46,13 +49,17 @@ def test_predictions_have_one_line_per_image(tmp_path):
     path = tmp_path / "predictions.csv"
     one = torch.tensor([0, 1]), torch.tensor([0.5, 0.25])
     two = torch.tensor([1, 1]), torch.tensor([1.0, 0.12345])
-    report.write_predictions(path, torch.tensor([0, 2]), {"lift": one, "ulfine": two})
+    report.write_predictions(path, torch.tensor([0, 2]), {"lift": one, "ulfine": two}, NAMES)
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [
-        ["index", "truth", "lift_prediction", "lift_confidence", "ulfine_prediction", "ulfine_confidence"],
-        ["0", "0", "0", "0.5000", "1", "1.0000"],
-        ["1", "2", "1", "0.2500", "1", "0.1235"],
+        [
+            *("index", "truth", "truth_name"),
+            *("lift_prediction", "lift_prediction_name", "lift_confidence"),
+            *("ulfine_prediction", "ulfine_prediction_name", "ulfine_confidence"),
+        ],
+        ["0", "0", "coat", "0", "coat", "0.5000", "1", "bag", "1.0000"],
+        ["1", "2", "shirt", "1", "bag", "0.2500", "1", "bag", "0.1235"],
     ]
 
 
@@ -97,11 +104,105 @@ def test_a_picture_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_many_classes_have_no_names_on_the_axis(tmp_path):
-    names = [f"class {k}" for k in range(200)]
-    report.save_class_counts(tmp_path / "many.png", names, np.arange(200, 0, -1), np.arange(200, 0, -1))
-    with Image.open(tmp_path / "many.png") as image:
-        assert image.height < 1000
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """`drawn(save, *arguments)`: the figure that a function of pictures saves."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (path.touch(), figures.append(figure)))
+
+    def draw(save, *arguments):
+        save(tmp_path / "picture.png", *arguments)
+        figures[-1].draw_without_rendering()
+        return figures[-1]
+
+    return draw
+
+
+def tick_names(figure):
+    return [label.get_text() for label in figure.axes[0].get_xticklabels()]
+
+
+@pytest.mark.parametrize("classes", [3, 88, 300])
+def test_classes_have_their_names_where_there_is_room(drawn, classes):
+    names = [f"class of kind {k}" for k in range(classes)]
+    figure = drawn(report.save_class_counts, names, np.arange(classes, 0, -1), None)
+    if classes <= report.MOST_NAMED:
+        assert tick_names(figure) == names
+        boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+        assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+    else:
+        assert not {*names} & {*tick_names(figure)}
+        assert figure.axes[0].get_xlabel() == "rank of the class, 1 = most labelled images"
+
+
+@pytest.mark.parametrize("truth", [None, [1, 2, 3]])
+def test_bars_stand_over_their_class(drawn, truth):
+    estimates = {"ulfine": [0.2, 0.3, 0.5]}
+    for save, *arguments in (
+        (report.save_class_counts, [3, 2, 1], truth),
+        (report.save_class_distribution, truth, [3, 2, 1], estimates),
+    ):
+        axes = drawn(save, NAMES, *arguments).axes[0]
+        centres = np.mean(
+            [[bar.get_x() + bar.get_width() / 2 for bar in bars] for bars in axes.containers], axis=0
+        )
+        assert centres == pytest.approx(axes.get_xticks())
+
+
+def test_methods_that_agree_are_both_seen(drawn):
+    same = [0.5, 0.6, 0.7]
+    axes = drawn(report.save_per_class_accuracy, NAMES, {"fused": same, "linear": same}).axes[0]
+    fused, linear = (line.get_xdata() for line in axes.lines)
+    assert not set(fused) & set(linear)
+    curve = [{"step": 1, "precision": None, "precision_few": None, "acceptance": 0.5}]
+    axes = drawn(report.save_pseudo_labels, {"fused": curve, "linear": curve}).axes[0]
+    fused, linear = axes.lines
+    assert fused.get_zorder() > linear.get_zorder()
+    assert fused.get_linewidth() < linear.get_linewidth()
+
+
+def test_legends_are_whole(drawn):
+    estimates = {name: [0.2, 0.3, 0.5] for name in METHODS}
+    figure = drawn(report.save_class_distribution, NAMES, [1, 2, 3], [3, 2, 1], estimates)
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert len(legend.get_texts()) == 2 + len(METHODS)
+
+
+def test_names_are_not_read_as_mathematics(drawn):
+    names = ["$", "$$", "$x^$"]
+    assert tick_names(drawn(report.save_class_counts, names, [3, 2, 1], None)) == names
+
+
+def test_names_in_pictures(monkeypatch):
+    rows = [
+        ClassRow(k, name, 1, None, "few")
+        for k, name in ((4, "coat"), (7, "\u732b"), (2, "coat"), (0, "x" * 99))
+    ]
+    monkeypatch.setattr(report, "_fonts_for", lambda text: None if "\u732b" in text else [])
+    names = report.names_in_pictures(rows)
+    assert names[:3] == ["coat (4)", "class 7", "coat (2)"]
+    assert names[3] == "x" * 27 + "\u2026"
+
+
+def test_a_font_is_found_for_characters_that_the_usual_one_lacks(monkeypatch):
+    of_font = {"DejaVu Sans": "ab", "A": "ac", "B": "d", "C": "cd"}
+    fonts = [
+        font_manager.FontEntry(fname=name, name=name, style="normal", variant="normal", weight=400)
+        for name in reversed(of_font)
+    ]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    monkeypatch.setattr(font_manager, "findfont", lambda font: "DejaVu Sans")
+    monkeypatch.setattr(report, "_characters", lambda font: {*map(ord, of_font[font])})
+    usual = font_manager.FontProperties().get_family()
+    report._fonts_for.cache_clear()
+    try:
+        assert report._fonts_for("a b") == usual
+        assert report._fonts_for("abcd") == [*usual, "A", "B"]
+        assert report._fonts_for("abx") is None
+    finally:
+        report._fonts_for.cache_clear()
 
 
 def test_methods_look_different_and_always_the_same():
@@ -119,15 +220,24 @@ def test_percent():
 
 
 def test_split_table_has_totals():
-    rows = [ClassRow("coat", 1500, 2500, "many"), ClassRow("bag", 3, 5, "few")]
+    rows = [ClassRow(1, "coat", 1500, 2500, "many"), ClassRow(0, "bag", 3, 5, "few")]
     text = printed(report.split_report(rows, "Split"))
     assert "1,500" in text
     assert "1,503" in text
     assert "2,505" in text
 
 
+def test_tables_print_names_as_they_are(capsys):
+    names = ["[/happy]", "[red]", ":smile:", "beach [edited]"]
+    rows = [ClassRow(k, name, 1, 1, "few") for k, name in enumerate(names)]
+    make_console().print(report.split_report(rows, "[bold]Split"))
+    text = capsys.readouterr().out
+    assert all(f"│ {name} " in text for name in names)
+    assert "[bold]Split" in text
+
+
 def test_the_table_of_many_classes_shows_both_ends():
-    rows = [ClassRow(f"class {k}", 100 - k, None, "few") for k in range(50)]
+    rows = [ClassRow(k, f"class {k}", 100 - k, None, "few") for k in range(50)]
     text = printed(report.split_report(rows, "Split", 1234))
     for shown in ("class 0 ", "class 14 ", "(20 more)", "class 35 ", "class 49 "):
         assert shown in text
@@ -135,7 +245,7 @@ def test_the_table_of_many_classes_shows_both_ends():
     assert "class 34 " not in text
     assert "1,234" in text
     last = next(line for line in text.splitlines() if "class 49 " in line)
-    assert [cell.strip() for cell in last.strip("│").split("│")] == ["class 49", "51", "-", "few"]
+    assert [cell.strip() for cell in last.strip("│").split("│")] == ["49", "class 49", "51", "-", "few"]
 
 
 def test_pictures_leave_out_what_is_not_known(tmp_path):

@@ -243,7 +243,7 @@ def test_split_table_lists_the_head_first() -> None:
     split = make_split(labels, class_order="shuffled", seed=1, **SIZES)
     rows = split_table(split, labels, names)
     assert [row.name for row in rows] == [names[k] for k in split.class_order]
-    assert rows[0] == (names[split.class_order[0]], 50, 150, "many")
+    assert rows[0] == (split.class_order[0], names[split.class_order[0]], 50, 150, "many")
     assert [row.group for row in rows] == ["many"] * 3 + ["medium"] * 4 + ["few"] * 3
     with pytest.raises(ValueError, match="expected 10 class names, got 3"):
         split_table(split, labels, names[:3])

@@ -295,6 +295,11 @@ class Encoder:
 
     def __post_init__(self) -> None:
         _one_of(self, "space", ("joint", "visual"))
+        for template in self.templates or ():
+            if not template.count("{}") == template.count("{") == template.count("}") == 1:
+                raise ValueError(
+                    f"template must have one {{}} for the class name and no other brace, got {template!r}"
+                )
 
 
 @dataclass(frozen=True)

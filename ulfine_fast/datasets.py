@@ -102,7 +102,7 @@ def load_dataset(name: str) -> tuple[ImageSet, ImageSet]:
     data, ImportError when a package of the extra [images] is missing.
     """
     if name not in DATASETS:
-        raise ValueError(f"load_dataset: name must be one of {', '.join(DATASETS)}, got {name!r}")
+        raise ValueError(f"data set must be one of {', '.join(DATASETS)}, got {name!r}")
     return DATASETS[name]()
 
 
@@ -131,16 +131,16 @@ def dataset_data(
     Raises the errors of `load_dataset` and `make_split`, and ValueError for an argument that does not fit.
     """
     if name not in IMAGE_DATASETS:
-        raise ValueError(f"dataset_data: name must be one of {', '.join(IMAGE_DATASETS)}, got {name!r}")
+        raise ValueError(f"data set must be one of {', '.join(IMAGE_DATASETS)}, got {name!r}")
     if name == "stl10":
         if (unlabelled_largest, unlabelled_imbalance, unlabelled) != (None, None, "consistent"):
             raise ValueError(
-                "dataset_data: unlabelled_largest, unlabelled_imbalance and unlabelled must be left out for stl10,"
+                "unlabelled_largest, unlabelled_imbalance and unlabelled must be left out for stl10,"
                 f" got {unlabelled_largest}, {unlabelled_imbalance} and {unlabelled}"
             )
         unlabelled_largest = 0
     elif unlabelled_largest is None:
-        raise ValueError(f"dataset_data: unlabelled_largest must be given for {name}, got None")
+        raise ValueError(f"unlabelled_largest must be given for {name}, got None")
     data = IMAGE_DATASETS[name]()
     split = make_split(
         data.labels,

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 
 from ulfine_fast import report
 from ulfine_fast.config import METHODS, Data, Method, Schedule
 from ulfine_fast.experiment import UNITS, Outcome, curve, load_data, run, split_rows, surroundings
 from ulfine_fast.features import FeatureData
 from ulfine_fast.metrics import GROUPS, mean_and_std
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SEEDS = (0, 1, 2)
 SCALARS = ("overall", "macro", "macro_f1", "worst", "harmonic_mean", "geometric_mean", "calibration_error")
@@ -31,7 +33,7 @@ def run_demo(
     methods: Mapping[str, Method] = METHODS,
     data: Data | None = None,
     schedule: Schedule | None = None,
-    console: Console | None = None,
+    console: Console,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train `methods` once for each seed, print the table and write the reports into `out`.
@@ -39,7 +41,6 @@ def run_demo(
     Returns what is written to metrics.json. The first run encodes the images, which takes minutes; later
     ones read them from the cache.
     """
-    console = console or Console()
     data, schedule = data or Data(), schedule or Schedule()
     drawn = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     console.print(
@@ -73,7 +74,7 @@ def run_demo(
             "methods": {name: asdict(method) for name, method in methods.items()},
         },
         "classes": {
-            str(seed): [row._asdict() for row in split_rows(features)]
+            str(seed): [row._asdict() for row in sorted(split_rows(features))]
             for seed, features in zip(seeds, splits, strict=True)
         },
         "groups": "many, medium, few: thirds by labelled rank; by_count: > 100, 20..100, < 20 labelled images",
@@ -126,9 +127,9 @@ def write_reports(
     """
     first = splits[0]
     orders = [np.asarray(features.split.class_order) for features in splits]
-    names = [str(rank) for rank in range(1, len(orders[0]) + 1)]
+    names = [f"rank {rank}" for rank in range(1, len(orders[0]) + 1)]
     if len(splits) == 1:
-        names = [first.class_names[k] for k in orders[0]]
+        names = report.names_in_pictures(split_rows(first))
 
     def by_rank(values: Sequence[Any]) -> np.ndarray:
         """Mean over seeds of one [C] list per seed, head class first."""
@@ -140,6 +141,7 @@ def write_reports(
         out / "predictions.csv",
         first.test_labels,
         {name: runs[0].predictions for name, runs in outcomes.items()},
+        first.class_names,
     )
     curves = {name: mean_curve(runs) for name, runs in outcomes.items()}
     curves = {name: points for name, points in curves.items() if points}

@@ -122,7 +122,7 @@ def write_run(run_dir: Path, configuration: Mapping[str, Any], data: FeatureData
             **surroundings(),
             "units": UNITS,
             "configuration": configuration,
-            "classes": [row._asdict() for row in rows],
+            "classes": [row._asdict() for row in sorted(rows)],
             "steps": training.steps,
             "seconds": outcome.seconds,
             "eta": outcome.head.eta,
@@ -132,14 +132,17 @@ def write_run(run_dir: Path, configuration: Mapping[str, Any], data: FeatureData
         },
     )
     report.write_predictions(
-        run_dir / "predictions.csv", data.test_labels, {configuration["name"]: outcome.predictions}
+        run_dir / "predictions.csv",
+        data.test_labels,
+        {configuration["name"]: outcome.predictions},
+        data.class_names,
     )
     order = data.split.class_order
     curves = {branch: curve(training.history, branch) for branch in outcome.metrics}
     trained_on_unlabelled = all(curves.values())
     report.save_pictures(
         run_dir,
-        [row.name for row in rows],
+        report.names_in_pictures(rows),
         labelled=[row.labelled for row in rows],
         unlabelled=[row.unlabelled for row in rows],
         truth=data.unlabelled_counts.numpy()[order],

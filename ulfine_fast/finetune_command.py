@@ -538,7 +538,7 @@ def finetune(
         console = make_console(quiet=not here.leads)
         data = image_experiment.load_images(images)
         rows = image_experiment.class_rows(data)
-        console.print(report.split_report(rows, "Training images", len(data.unlabelled)))
+        console.print(report.split_report(rows, "Training images, as listed", len(data.unlabelled)))
         for note in data.notes:
             console.print(f"Note: {note}")
         console.print(

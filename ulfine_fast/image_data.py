@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ulfine_fast.images import ImageFiles, ImageSource, ReadReport
+from ulfine_fast.images import ImageFiles, ImageSource, ReadReport, printable
 
 UNKNOWN = -1
 NUMBERED = "classes are called by their number; text prototypes need names"
@@ -26,7 +28,7 @@ class ImageData:
     0..C-1. unlabelled [n_u] int64: rows of `train`, each once, possibly labelled ones too (ACR's protocol).
     unlabelled_truth [n_u] int64: their classes where known, else -1; for reports only, never for training.
     test, test_labels [n_t >= 1] int64; validation, validation_labels: the same, or both None. class_names: C
-    >= 2 non-empty, distinct names. notes: what the user must be told about the data, one line each. report:
+    >= 2 non-empty names, the same for two classes where these are told apart by their number. notes: what the user must be told about the data, one line each. report:
     what reading met so far; the sources write into it.
 
     Raises ValueError when a field breaks this contract.
@@ -47,10 +49,11 @@ class ImageData:
 
     def __post_init__(self) -> None:
         names = self.class_names
-        if len(names) < 2 or not all(name.strip() for name in names) or len(set(names)) != len(names):
-            raise ValueError(
-                f"ImageData: class names must be at least two, distinct and not empty, got {shortened(names)}"
-            )
+        if len(names) < 2:
+            raise ValueError(f"classes must be at least two, got {shortened(names)}")
+        for number, name in enumerate(names):
+            if not name.strip():
+                raise ValueError(f"class names must not be empty, got {name!r} for class {number}")
         rows, classes = len(self.train), len(names)
         self._check("labelled", self.labelled, None, 0, rows)
         self._check("labels", self.labels, len(self.labelled), 0, classes)
@@ -62,7 +65,7 @@ class ImageData:
                 raise ValueError(f"ImageData: {name} must have every row once, got some twice")
         for name in ("labelled", "test"):
             if not len(getattr(self, name)):
-                raise ValueError(f"ImageData: {name} must have at least one image, got none")
+                raise ValueError(f"{name} must have at least one image, got none")
         if (self.validation is None) != (self.validation_labels is None):
             raise ValueError("ImageData: validation and validation_labels must be both given or both None")
         if self.validation is not None:
@@ -129,7 +132,6 @@ class ImageFile(NamedTuple):
 
 
 def data_of_files(
-    function: str,
     files: Mapping[str, Sequence[ImageFile]],
     class_names: Sequence[str],
     notes: Sequence[str],
@@ -137,25 +139,29 @@ def data_of_files(
 ) -> ImageData:
     """The image set of `files`, by part: "labelled", "unlabelled", "test" and perhaps "validation".
 
-    function: who asks, for messages. An underscore in a class name becomes a space. Notes are added on files that
-    are listed twice, test images that are training images, and classes without images. Raises ValueError for a
-    file with two classes in one part and for a part whose first file is not there.
+    class_names: as `class_name` gives them. Notes are added on files that are listed twice, test images that are
+    training images, names of several classes, and classes without images. Raises ValueError for a file with two
+    classes and for a part whose first file is not there.
     """
-    notes, names = list(notes), [name.replace("_", " ") for name in class_names]
+    notes = [*notes, *repeated_names(class_names)]
     distinct: dict[str, dict[str, ImageFile]] = {}
+    with_class: dict[str, ImageFile] = {}
     for part, found in files.items():
         kept: dict[str, ImageFile] = {}
         for file in found:
-            first = kept.setdefault(file.real, file)
+            kept.setdefault(file.real, file)
+            if file.label == UNKNOWN:
+                continue
+            first = with_class.setdefault(file.real, file)
             if first.label != file.label:
-                places = " and ".join(filter(None, (first.place, file.place))) or first.path
+                one, other = (f"{class_names[f.label]} ({f.place or f.path})" for f in (first, file))
                 raise ValueError(
-                    f"{function}: {part} must give an image one class, got two for {file.path} ({places})"
+                    f"{part}: an image must have one class, got {one} and {other} for {file.path}"
                 )
         if len(kept) < len(found):
             notes.append(f"{part}: {len(found) - len(kept)} images are listed twice and used once")
         if found and not Path(found[0].path).is_file():
-            raise ValueError(f"{function}: {part} must name image files, got {found[0].path}, which is none")
+            raise ValueError(f"{part} must name image files, got {found[0].path}, which is none")
         distinct[part] = kept
 
     labelled, unlabelled, test = (distinct[part] for part in ("labelled", "unlabelled", "test"))
@@ -176,7 +182,7 @@ def data_of_files(
 
     validation = distinct.get("validation")
     for part in ("labelled", "test"):
-        notes += absent_classes(part, labels(distinct[part]), names)
+        notes += absent_classes(part, labels(distinct[part]), class_names)
     return ImageData(
         train=source(train),
         labelled=np.array([row[real] for real in labelled], dtype=np.int64),
@@ -185,12 +191,34 @@ def data_of_files(
         unlabelled_truth=labels(unlabelled),
         test=source(list(test.values())),
         test_labels=labels(test),
-        class_names=tuple(names),
+        class_names=tuple(class_names),
         validation=source(list(validation.values())) if validation else None,
         validation_labels=labels(validation) if validation else None,
         notes=tuple(notes),
         report=report,
     )
+
+
+def class_name(text: str) -> str:
+    """The name of the class that a folder, a table or a list calls `text`.
+
+    In the composed form of Unicode, with a space for an underscore, `printable`: ways to write one name that look
+    alike are one name.
+    """
+    return printable(unicodedata.normalize("NFC", text).replace("_", " ")).strip() or printable(text)
+
+
+def repeated_names(class_names: Sequence[str]) -> list[str]:
+    """A note, or none, on the names that several classes have."""
+    numbers = defaultdict(list)
+    for number, name in enumerate(class_names):
+        numbers[name].append(str(number))
+    repeated = [f"{name} ({', '.join(found)})" for name, found in numbers.items() if len(found) > 1]
+    if not repeated:
+        return []
+    return [
+        f"classes: {len(repeated)} names are those of several classes, told apart by number: {shortened(repeated)}"
+    ]
 
 
 def absent_classes(part: str, labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
@@ -201,6 +229,6 @@ def absent_classes(part: str, labels: np.ndarray, class_names: Sequence[str]) ->
 
 
 def shortened(names: Sequence[str], count: int = 5) -> str:
-    """The first `count` names in one line, and how many more there are; "none" for no name."""
+    """The first `count` names in one `printable` line, and how many more there are; "none" for no name."""
     more = f", ... ({len(names)} in all)" if len(names) > count else ""
-    return (", ".join(names[:count]) or "none") + more
+    return (printable(", ".join(names[:count])) or "none") + more

@@ -99,6 +99,7 @@ def class_rows(data: ImageData) -> list[ClassRow]:
     groups = groups_by_rank(labelled)
     return [
         ClassRow(
+            int(k),
             data.class_names[k],
             int(labelled[k]),
             None if unlabelled is None else unlabelled[k],
@@ -373,7 +374,7 @@ def write_run(run_dir: Path, configuration: Mapping[str, Any], data: ImageData, 
             **surroundings(),
             "units": UNITS,
             "configuration": configuration,
-            "classes": [row._asdict() for row in rows],
+            "classes": [row._asdict() for row in sorted(rows)],
             "notes": data.notes,
             "reading": data.report.summary(),
             "steps": training.steps,
@@ -391,7 +392,8 @@ def write_run(run_dir: Path, configuration: Mapping[str, Any], data: ImageData, 
         run_dir / "predictions.csv",
         data.test_labels[shown],
         {configuration["name"]: predictions},
-        names=[data.test.name(row) for row in shown],
+        data.class_names,
+        images=[data.test.name(row) for row in shown],
     )
     order = np.argsort(-data.labelled_counts, kind="stable")
     # all counts are known, or none is
@@ -400,7 +402,7 @@ def write_run(run_dir: Path, configuration: Mapping[str, Any], data: ImageData, 
     truth = data.unlabelled_counts
     report.save_pictures(
         run_dir,
-        [row.name for row in rows],
+        report.names_in_pictures(rows),
         labelled=[row.labelled for row in rows],
         unlabelled=[row.unlabelled for row in rows] if known else None,
         truth=None if truth is None else truth[order],

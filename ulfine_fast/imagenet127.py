@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ulfine_fast.image_data import NUMBERED, ImageData, absent_classes
+from ulfine_fast.image_data import NUMBERED, ImageData, absent_classes, repeated_names
 from ulfine_fast.image_tables import read_class_names
 from ulfine_fast.images import ImageArray, JoinedImages
 from ulfine_fast.splits import first_per_class
@@ -61,13 +61,13 @@ def imagenet127_data(
     All images are held in memory: 4 GB at 32 pixels.
     """
     if not 0 < labelled_share <= 1:
-        raise ValueError(f"imagenet127_data: labelled_share must be in (0, 1], got {labelled_share}")
+        raise ValueError(f"labelled_share must be in (0, 1], got {labelled_share}")
     test_images, test_labels = _read_batch(folder / TEST_BATCH)
     batches = [_read_batch(folder / name, test_images.shape[1]) for name in TRAIN_BATCHES]
     labels = np.concatenate([part for _, part in batches])
     first = int(labels.min())
     if first not in (0, 1):
-        raise ValueError(f"imagenet127_data: labels must begin at 0 or 1, got {first}")
+        raise ValueError(f"{folder}: expected labels from 0 or from 1, got {first}")
     labels, test_labels = labels - first, test_labels - first
 
     notes = []
@@ -90,6 +90,7 @@ def imagenet127_data(
     rank = np.argsort(order)
     labels, test_labels, names = rank[labels], rank[test_labels], [names[k] for k in order]
     labelled = first_per_class(labels, counts[order])
+    notes += repeated_names(names)
     notes += absent_classes("labelled", labels[labelled], names)
     return ImageData(
         train=JoinedImages(
@@ -143,6 +144,5 @@ def _check_labels(labels: np.ndarray, test_labels: np.ndarray, classes: int, rem
     found = np.concatenate([labels, test_labels])
     if not 0 <= found.min() <= found.max() < classes:
         raise ValueError(
-            f"imagenet127_data: expected labels of {classes} classes, got {found.min()}..{found.max()} from the first;"
-            f" {remedy}"
+            f"expected labels of {classes} classes, got {found.min()}..{found.max()} from the first; {remedy}"
         )

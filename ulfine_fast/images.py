@@ -29,6 +29,8 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 _filter_lock = threading.Lock()
+# control characters, line and paragraph separators, and what Python makes of bytes that are not UTF-8
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,6 +52,20 @@ class UnreadableImage(ValueError):  # noqa: N818 (it names an image, not a mista
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+def printable(text: str) -> str:
+    r"""`text` in one line that every file and terminal takes: what would break it is escaped, a line feed as "\n".
+
+    Escaped are control characters, line and paragraph separators, and the bytes of a file name that is not UTF-8
+    ("\xff").
+    """
+    return _UNPRINTABLE.sub(lambda found: _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    byte = ord(character) - 0xDC00
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
 
 
 class ImageSource(Protocol):
@@ -119,7 +135,7 @@ class ReadReport:
 
 
 class ImageFiles:
-    """Image files in the formats of `FORMATS`, an `ImageSource` whose names are the paths.
+    """Image files in the formats of `FORMATS`, an `ImageSource` whose names are the paths, made `printable`.
 
     Conversions, each counted in `report`: alpha and transparent colours lie over white; 16-bit grey keeps its
     high byte; of several frames the first is taken; the EXIF orientation is applied; CMYK and 1-bit pixels go
@@ -150,21 +166,21 @@ class ImageFiles:
         return len(self._paths)
 
     def name(self, index: int) -> str:
-        """The path."""
-        return self._paths[index]
+        """The path, made `printable`."""
+        return printable(self._paths[index])
 
     def read(self, index: int, at_least: int | None = None) -> Image.Image:
         """The image in mode RGB, see `ImageSource.read`."""
-        path = self._paths[index]
+        path, name = self._paths[index], self.name(index)
         _ignore_pillow_warnings()
         try:
             image, conversions = _decode(path, at_least, self._max_pixels)
         # a damaged file can make a decoder raise anything
         except Exception as error:
             reason = _reason(path, error)
-            self.report.add_unreadable(path, reason)
-            raise UnreadableImage(path, reason) from error
-        self.report.add_converted(path, conversions)
+            self.report.add_unreadable(name, reason)
+            raise UnreadableImage(name, reason) from error
+        self.report.add_converted(name, conversions)
         return image
 
 

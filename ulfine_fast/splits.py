@@ -38,8 +38,9 @@ class Split:
 
 
 class ClassRow(NamedTuple):
-    """One line of `split_table`: counts of images, and "many", "medium" or "few"."""
+    """One line of `split_table`: a class by number and name, counts of images, and "many", "medium" or "few"."""
 
+    id: int
     name: str
     labelled: int
     unlabelled: int | None  # None: not known
@@ -210,7 +211,7 @@ def groups_by_rank(counts: np.ndarray) -> np.ndarray:
 
 
 def split_table(split: Split, labels: np.ndarray, class_names: tuple[str, ...] | list[str]) -> list[ClassRow]:
-    """One row for each class, head first: name, labelled images, unlabelled images, group by rank.
+    """One row for each class, head first: number, name, labelled images, unlabelled images, group by rank.
 
     labels [N]: the array the split was made from. The unlabelled column counts every image of
     `split.unlabelled`, copies of labelled ones included. Raises ValueError when the number of class names is
@@ -224,7 +225,7 @@ def split_table(split: Split, labels: np.ndarray, class_names: tuple[str, ...] |
     unlabelled = np.bincount(labels[split.unlabelled], minlength=classes)
     groups = groups_by_rank(labelled)
     return [
-        ClassRow(class_names[k], int(labelled[k]), int(unlabelled[k]), str(groups[k]))
+        ClassRow(int(k), class_names[k], int(labelled[k]), int(unlabelled[k]), str(groups[k]))
         for k in split.class_order
     ]
 

@@ -42,7 +42,10 @@ class Commands(TyperGroup):
         except FAILURES as error:
             if ctx.params.get("traceback"):
                 raise
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            from ulfine_fast.images import printable
+
+            lines = [printable(line) for line in str(error).split("\n") if line.strip()]
+            lines = lines or [type(error).__name__]
             # a full disk, say: what was written before is whole
             how_on = how_to_resume(ctx) if isinstance(error, OSError) else ""
             say("error: " + "\n".join(lines[: 1 if how_on else 2]) + how_on)
@@ -99,12 +102,15 @@ def changed(method: Any, settings: list[str]) -> Any:
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """A console for standard output; a quiet one prints nothing."""
+    """A console for standard output that prints names as they are; a quiet one prints nothing."""
     from rich.console import Console
 
     # Piped output keeps its tables whole.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
-    return Console(width=width, highlight=False, quiet=quiet)
+    # a name may have characters that the encoding of the terminal lacks
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(width=width, markup=False, emoji=False, highlight=False, quiet=quiet)
 
 
 def set_threads(threads: int) -> None:
