@@ -35,7 +35,8 @@ struct UnitRows {
   const float* align;                // [] of the fold
   int64_t *histogram, *kept_histogram;  // [C] or null: set to zero
   int64_t u, b, c, d;
-  float eta, linear_scale, proto_scale;
+  double eta;
+  float linear_scale, proto_scale;
   bool normalize_linear;
 };
 
@@ -89,7 +90,8 @@ struct WeakRows {
   int64_t *histogram, *kept_histogram;  // [C], zeros before
   float* spread;                        // [scale_rows, 2] standard deviations over classes of both branches
   int64_t u, c, scale_rows;
-  float eta, linear_scale, proto_scale, temperature;
+  double eta;
+  float linear_scale, proto_scale, temperature;
 };
 
 const char* pseudo_label(const WeakRows&, void* stream);
@@ -139,7 +141,8 @@ struct ProtoFit {
   float* distribution;       // [C], read and written
   float *inverse, *largest;  // [B], []: working memory
   int64_t b, c, d;
-  float mu, beta, gamma;
+  float mu;
+  double beta, gamma;
 };
 
 const char* proto_fit(const ProtoFit&, void* stream);
@@ -169,7 +172,7 @@ struct StateUpdate {
   float *kept_distribution, *branch_scale;  // [C], [2], read and written
   bool* measured;                           // [], read and written
   int64_t u;
-  float scale_decay;
+  double scale_decay;
   bool normalize;  // the textual prototypes, first
 };
 
