@@ -16,7 +16,7 @@ constexpr int64_t kPanel = kPanelVectors * kWidth;
 constexpr int64_t kRows = kWidth == 16 ? 12 : 6;
 // Steps over k between two passes over the tiles: a tile's share of A then stays in the first-level cache,
 // and the error of a long sum grows with the number of blocks, not of products.
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 128;
 // Steps over k that a panel is fetched ahead.
 constexpr int64_t kAhead = 16;
 

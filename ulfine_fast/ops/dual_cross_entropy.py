@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._handover import hand_over, keep
+from ulfine_fast.ops._handover import hand_over, keep, once
 from ulfine_fast.ops._rows import without_autocast, working_dtype
 from ulfine_fast.ops.pseudo_label import dual_logits_reference, fuse_logits_reference, scalar
 
@@ -57,7 +57,9 @@ def dual_cross_entropy_reference(
     target = torch.where(used, targets, 0)
     loss = zl.new_zeros(())
     for z in branches:
-        row = F.cross_entropy(z + shift, target, reduction="none")
+        # Nor does its adjustment, whose infinity would meet a weight of 0.
+        z = torch.where(used[:, None], z + shift, 0.0)
+        row = F.cross_entropy(z, target, reduction="none")
         loss = loss + (torch.where(used, weights.to(z.dtype), 0.0) * row).sum()
     return loss
 
@@ -120,7 +122,7 @@ class _DualCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("dual_cross_entropy")
     def backward(ctx, grad):
         def again(tensors):
             return torch.ops.ulfine._dual_cross_entropy.default(*tensors, *options)[1:]
@@ -175,7 +177,8 @@ def dual_cross_entropy(
         backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
-        Scalar loss in nats, float32 (float64 if features or a bank is). NaN if a row that counts is not finite.
+        Scalar loss in nats, float32 (float64 if features or a bank is). NaN if a row that counts is not finite, or if
+        its adjustment is minus infinity for all classes.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, label or range. RuntimeError: the named back end
@@ -184,7 +187,7 @@ def dual_cross_entropy(
     op = "dual_cross_entropy"
     _checks.matrix(op, "features", features)
     rows = features.shape[0]
-    _checks.bank(op, "linear", linear, features)
+    _checks.bank(op, "linear", linear, features.shape[1])
     classes = linear.shape[0]
     _checks.matrix(op, "prototypes", prototypes, classes, features.shape[1])
     if prototypes.requires_grad:
@@ -195,6 +198,7 @@ def dual_cross_entropy(
         weights = torch.full((rows,), 1.0 / max(rows, 1), dtype=dtype, device=features.device)
     _checks.vector(op, "weights", weights, rows, _checks.FLOATS)
     if adjustment is not None:
+        _checks.tensor(op, "adjustment", adjustment)
         adjustment = adjustment[None] if adjustment.ndim == 1 else adjustment
         _checks.matrix(op, "adjustment", adjustment, columns=classes)
         if adjustment.shape[0] == 0:
@@ -216,6 +220,7 @@ def dual_cross_entropy(
         align=align,
     )
     _checks.branches(op, eta, linear_scale=linear_scale, proto_scale=proto_scale)
+    _checks.flag(op, normalize_linear=normalize_linear)
     weights = weights.detach()
     options = (
         weights,
