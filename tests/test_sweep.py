@@ -28,7 +28,7 @@ class Draw:
         self.rows, self.classes, self.dim = (
             self.of((0, 1, 7, 40)),
             self.of((1, 2, 5, 19)),
-            self.of((1, 3, 17)),
+            self.of((0, 1, 3, 17)),
         )
 
     def normal(self, *size: int) -> torch.Tensor:
@@ -36,7 +36,7 @@ class Draw:
 
     def features(self, rows: int) -> torch.Tensor:
         made = self.normal(rows, self.dim) * torch.tensor([self.of(NORMS) for _ in range(rows)])[:, None]
-        if rows > 1 and self.of((True, False)):
+        if rows > 1 and self.dim and self.of((True, False)):
             made[self.of(range(rows)), self.of(range(self.dim))] = self.of((math.nan, math.inf, -math.inf))
         return made
 

@@ -187,7 +187,8 @@ def head_loss(
     """Loss of one step and the pseudo-labels it used.
 
     Differentiable in `features`, in `linear` and, through orthogonality alone, in `prototypes`. Strong rows
-    whose weak view was rejected take no part; the cpp back end does not compute them.
+    whose weak view was rejected take no part; the cpp back end does not compute them. A second derivative raises
+    RuntimeError on a kernel.
 
     Args:
         features: [B_l + V B_u, D] float; labelled rows, then V >= 0 strong views of all unlabelled images.

@@ -463,6 +463,13 @@ def test_a_zero_feature_is_equally_likely_everywhere_and_gets_no_gradient(backen
     assert not d_features.any() and not d_linear.any()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_without_dimensions_are_equally_likely_everywhere(backend, mode) -> None:
+    loss, d_features, d_linear = run(unweighted(2, 3, 0), loss_on=mode, backend=backend)
+    assert loss.item() == pytest.approx((1 + (mode == "branches")) * math.log(3), rel=1e-6)
+    assert (d_features.shape, d_linear.shape) == ((2, 0), (3, 0))
+
+
 def test_a_zero_row_of_a_cosine_probe_gets_no_gradient(backend) -> None:
     arguments = inputs(37, 10, 17)
     arguments["linear"][4] = 0

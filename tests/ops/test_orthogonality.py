@@ -184,6 +184,11 @@ def test_one_class_has_value_and_gradient_zero(backend, d, factor) -> None:
     assert value.item() == 0.0 and not gradient.any()
 
 
+def test_rows_without_dimensions_have_value_zero(backend) -> None:
+    value, gradient = run(torch.zeros(3, 0), backend=backend)
+    assert value.item() == 0.0 and gradient.shape == (3, 0)
+
+
 @pytest.mark.parametrize(("c", "d"), [(5, 9), (9, 5)])
 def test_a_zero_row_has_cosine_zero_with_all_and_no_gradient(backend, c, d) -> None:
     prototypes = inputs(c, d)

@@ -408,6 +408,11 @@ def test_a_zero_feature_is_equally_likely_everywhere(backend) -> None:
     torch.testing.assert_close(got.confidence[2], torch.tensor(0.1))
 
 
+def test_rows_without_dimensions_are_equally_likely_everywhere(backend) -> None:
+    found = pseudo_label(torch.zeros(2, 0), torch.zeros(4, 0), torch.zeros(4, 0), backend=backend)
+    assert found.confidence.tolist() == [0.25, 0.25] and not found.branch_scale.any()
+
+
 def test_a_zero_prototype_has_logit_zero(backend) -> None:
     # Cosines 0 and -1: the class without direction wins with 1 / (1 + exp(-25)).
     got = pseudo_label(

@@ -7,6 +7,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+# Of a whole number that float64 holds, whatever it is.
+LARGEST_BITS = 1023
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -86,6 +88,8 @@ def number(op: str, name: str, value: float) -> None:
     """Raise unless `value` is a real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
+        raise ValueError(f"{op}: {name} must fit float64, got a whole number of {value.bit_length()} bits")
 
 
 def whole(op: str, name: str, value: int) -> None:

@@ -157,8 +157,8 @@ def dual_cross_entropy(
     """Weighted sum of the cross-entropies of B rows, differentiable in `features` and `linear`.
 
     Rows of weight 0 and rows with a negative target take no part, so pass strong views with
-    `weights = keep / B_u`. The kernels compute the gradients along with the loss: a second derivative is not
-    available there. The cpp back end holds logits of a chunk of rows at a time, and none of rows without part.
+    `weights = keep / B_u`. The kernels compute the gradients along with the loss: a second derivative raises
+    RuntimeError there. The cpp back end holds logits of a chunk of rows at a time, and none of rows without part.
 
     Args:
         features: [B, D] float, any norm up to 1e18, B may be 0 (the loss is then 0).

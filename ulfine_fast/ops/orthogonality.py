@@ -83,7 +83,8 @@ def orthogonality(prototypes: Tensor, *, backend: str | None = None) -> Tensor:
 
     Returns:
         Scalar in [0, 1], float32 (float64 for float64 input). Work and memory are those of a C x C or of a
-        D x D product, whichever is smaller; the kernel sums in float64. There is no second derivative on the kernel.
+        D x D product, whichever is smaller; the kernel sums in float64. A second
+        derivative raises RuntimeError on a kernel.
 
     Raises:
         ValueError, TypeError: wrong shape or dtype. RuntimeError: the named back end cannot run.

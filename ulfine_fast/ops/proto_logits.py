@@ -97,7 +97,7 @@ class _ProtoLogits(torch.autograd.Function):
 def proto_logits(
     features: Tensor, prototypes: Tensor, scale: float = 25.0, *, backend: str | None = None
 ) -> Tensor:
-    """`scale * cosine(features, prototypes)`, differentiable in both.
+    """`scale * cosine(features, prototypes)`, differentiable in both; a second derivative raises on a kernel.
 
     Args:
         features: [B, D] float32, bfloat16, float16 or float64; any norm up to 1e18, B may be 0.
