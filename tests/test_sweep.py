@@ -130,13 +130,12 @@ def test_head_loss(backend) -> None:
             "linear": banks[0],
             "prototypes": banks[1],
         }
-        weak = draw.features(unlabelled)
-        # A label that is a near tie is rounding's to choose.
         fixed = {
-            "weak": weak,
+            "weak": draw.features(unlabelled),
             "targets": draw.targets(labelled),
             "threshold": draw.of((0.0, 1.0)),
             "adjustment": draw.adjustment(),
+            # The label is never a near tie, where rounding would choose.
             "weak_adjustment": 4.0 * torch.arange(draw.classes),
             "strong_adjustment": draw.adjustment(),
             "loss_on": draw.of(("branches", "fused")),
@@ -182,22 +181,26 @@ def test_pseudo_label(backend) -> None:
 
 def test_proto_fit(backend) -> None:
     for draw in draws(backend, 6):
-        classes, histogram = draw.classes, draw.normal(draw.classes).abs()
+        classes, dim = draw.classes, draw.dim
         seen = torch.rand(classes, generator=draw.generator) < 0.5
-        state = [draw.normal(classes, draw.dim), draw.normal(classes, draw.dim) * seen[:, None], seen, draw.of((0.0, 1.0)) * draw.normal(classes).abs()]  # fmt: skip
-        arguments = (
+        batch = (
             draw.features(draw.rows),
             draw.targets(draw.rows),
-            draw.of((0.0, 1e-35, 1.0, 9.0)) * histogram,
+            draw.of((0.0, 1e-35, 1.0, 9.0)) * draw.normal(classes).abs(),
+        )
+        state = (
+            draw.normal(classes, dim),
+            draw.normal(classes, dim) * seen[:, None],
+            seen,
+            draw.of((0.0, 1.0)) * draw.normal(classes).abs(),
         )
         rates = {
             "mu": draw.of((0.0, 0.3)),
             "beta": draw.of((0.0, 0.9, 0.9999)),
             "gamma": draw.of((0.5, 0.9999)),
         }
-        got = proto_fit(*arguments, *state, **rates, backend=backend)
-        exact = proto_fit(
-            *map(wide, (*arguments[:2],)), arguments[2], *map(wide, state), **rates, backend="reference"
-        )
+        got = proto_fit(*batch, *state, **rates, backend=backend)
+        # A histogram is counted in float32.
+        exact = proto_fit(wide(batch[0]), *batch[1:], *map(wide, state), **rates, backend="reference")
         for one, other in zip(got, exact, strict=True):
             torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-4, atol=1e-5, equal_nan=True)

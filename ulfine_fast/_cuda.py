@@ -115,8 +115,8 @@ def _unit_rows(
     align, *factors = (None, 0.0, 0.0, 0.0) if fold is None else fold
     _launch(
         "unit_rows", weak, features, linear, prototypes, _operand(unit.x), unit.x_inverse,
-        _operand(unit.bank), unit.bank_inverse, _operand(unit.fold), unit.fold_unit, unit.text, align, *histograms, u, b, c,
-        d, *factors, normalize_linear,
+        _operand(unit.bank), unit.bank_inverse, _operand(unit.fold), unit.fold_unit, unit.text, align,
+        *histograms, u, b, c, d, *factors, normalize_linear,
     )  # fmt: skip
     return unit
 
@@ -244,8 +244,8 @@ def pseudo_label(
     cosines = _product(unit.x[:scale_rows], unit.bank.t()) if scale_rows else None
     spread = _empty(x, scale_rows, 2)
     _launch(
-        "pseudo_label", fused, unit.fold_unit, cosines, limit, len(limit), shift, factor, *out[:5], spread, rows, classes,
-        scale_rows, eta, linear_scale, proto_scale, temperature,
+        "pseudo_label", fused, unit.fold_unit, cosines, limit, len(limit), shift, factor, *out[:5], spread,
+        rows, classes, scale_rows, eta, linear_scale, proto_scale, temperature,
     )  # fmt: skip
     _finish(x.shape[1], spread=spread, branch_scale=out[5])
     return out
@@ -474,10 +474,10 @@ def head_loss(
     dz = _empty(x, *z_rows.shape, dtype=dtype) if half else z_rows
     _launch(
         "head_loss",
-        (z if fused else None, unit.fold_unit, cosines, limit, len(limit), shifts[0], factor, *out[:5], spread, views, classes,
-         scale_rows, eta, linear_scale, proto_scale, temperature),
-        (z_rows, unit.fold_unit, dz if half else None, _operand(x_rows), row_loss, used, rows, classes, dim, linear_scale,
-         proto_scale, (need_features or need_linear) / unit_of_dz, fused),
+        (z if fused else None, unit.fold_unit, cosines, limit, len(limit), shifts[0], factor, *out[:5], spread,
+         views, classes, scale_rows, eta, linear_scale, proto_scale, temperature),
+        (z_rows, unit.fold_unit, dz if half else None, _operand(x_rows), row_loss, used, rows, classes, dim,
+         linear_scale, proto_scale, (need_features or need_linear) / unit_of_dz, fused),
         targets.contiguous(), *shifts[1:], labelled, *weights,
     )  # fmt: skip
     d_x = _product(dz, bank) if need_features else None

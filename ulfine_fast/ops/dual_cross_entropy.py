@@ -51,15 +51,14 @@ def dual_cross_entropy_reference(
     shift = zl.new_zeros(())
     if adjustment is not None:
         rows = torch.zeros_like(targets) if group is None else group
-        known = (rows >= 0) & (rows < adjustment.shape[0])
+        # Nor does its adjustment, whose infinity would meet a weight of 0.
+        known = used & (rows >= 0) & (rows < adjustment.shape[0])
         shift = torch.where(known[:, None], adjustment.to(zl.dtype)[torch.where(known, rows, 0)], 0.0)
     branches = (fuse_logits_reference(zl, zt, eta, align),) if fused else (zl, zt)
     target = torch.where(used, targets, 0)
     loss = zl.new_zeros(())
     for z in branches:
-        # Nor does its adjustment, whose infinity would meet a weight of 0.
-        z = torch.where(used[:, None], z + shift, 0.0)
-        row = F.cross_entropy(z, target, reduction="none")
+        row = F.cross_entropy(z + shift, target, reduction="none")
         loss = loss + (torch.where(used, weights.to(z.dtype), 0.0) * row).sum()
     return loss
 
