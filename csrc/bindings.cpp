@@ -54,7 +54,7 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t features, uintptr_t linear, uintptr_t prototypes, uintptr_t threshold, int64_t thresholds,
          uintptr_t adjustment, uintptr_t label, uintptr_t confidence, uintptr_t keep, uintptr_t histogram,
          uintptr_t kept_histogram, uintptr_t branch_scale, uintptr_t scratch, int64_t b, int64_t c, int64_t d,
-         float eta, float align, float linear_scale, float proto_scale, float temperature,
+         double eta, float align, float linear_scale, float proto_scale, float temperature,
          bool normalize_linear, int64_t scale_rows, int threads) {
         selected().kernels.pseudo_label({at<const float>(features),
                                          at<const float>(linear),
@@ -89,7 +89,7 @@ PYBIND11_MODULE(_C, m) {
       "dual_cross_entropy",
       [](uintptr_t features, uintptr_t targets, uintptr_t linear, uintptr_t prototypes, uintptr_t weights,
          uintptr_t adjustment, int64_t groups, uintptr_t group, uintptr_t loss, uintptr_t d_features,
-         uintptr_t d_linear, uintptr_t scratch, int64_t b, int64_t c, int64_t d, float eta, float align,
+         uintptr_t d_linear, uintptr_t scratch, int64_t b, int64_t c, int64_t d, double eta, float align,
          float linear_scale, float proto_scale, bool fused, bool normalize_linear, int threads) {
         selected().kernels.dual_cross_entropy({at<const float>(features),
                                                at<const int64_t>(targets),
@@ -123,7 +123,7 @@ PYBIND11_MODULE(_C, m) {
            uintptr_t adjustment, uintptr_t strong_adjustment, uintptr_t loss, uintptr_t d_features,
            uintptr_t d_linear, uintptr_t d_prototypes, uintptr_t label, uintptr_t confidence, uintptr_t keep,
            uintptr_t histogram, uintptr_t kept_histogram, uintptr_t branch_scale, int64_t b, int64_t labelled,
-           int64_t unlabelled, int64_t c, int64_t d, float align, float eta, float linear_scale,
+           int64_t unlabelled, int64_t c, int64_t d, float align, double eta, float linear_scale,
            float proto_scale, float temperature, bool normalize_linear, int64_t scale_rows, bool fused,
            float unlabelled_weight, float orthogonality_weight, int threads) {
           const auto *w = at<const float>(linear), *t = at<const float>(prototypes);
@@ -192,7 +192,7 @@ PYBIND11_MODULE(_C, m) {
       "proto_fit",
       [](uintptr_t features, uintptr_t targets, uintptr_t histogram, uintptr_t textual, uintptr_t visual,
          uintptr_t seen, uintptr_t distribution, uintptr_t scratch, int64_t b, int64_t c, int64_t d, float mu,
-         float beta, float gamma, int threads) {
+         double beta, double gamma, int threads) {
         selected().kernels.proto_fit({at<const float>(features), at<const int64_t>(targets),
                                       at<const float>(histogram), at<float>(textual), at<float>(visual),
                                       at<bool>(seen), at<float>(distribution), at<float>(scratch), b, c, d,

@@ -40,13 +40,16 @@ ULFINE_FORMULA float unit_backward(float d, float radial, float y, float inverse
   return (d - radial * y) * inverse;
 }
 
+// What a share in [0, 1] leaves. The share is a double: near 1, a float one leaves hardly a correct digit.
+ULFINE_FORMULA float rest_of(double share) { return static_cast<float>(1.0 - share); }
+
 // Factors on the cosines of both branches in the fused logits.
 struct Factors {
   float linear, proto;
 };
 
-ULFINE_FORMULA Factors fused_factors(float eta, float align, float linear_scale, float proto_scale) {
-  return {eta * linear_scale, (1.0f - eta) * align * proto_scale};
+ULFINE_FORMULA Factors fused_factors(double eta, float align, float linear_scale, float proto_scale) {
+  return {static_cast<float>(eta) * linear_scale, rest_of(eta) * align * proto_scale};
 }
 
 // Label of a row and its share of the softmax; label -1 if that share is not finite.
@@ -70,6 +73,10 @@ ULFINE_FORMULA bool takes_part(int64_t target, float weight, int64_t classes) {
   return target >= 0 && target < classes && weight != 0.0f;
 }
 
+// The sum of exponentials below the largest logit; NaN where all are minus infinity, or the padding would
+// count.
+ULFINE_FORMULA float softmax_total(float top, float total) { return top > kPadLogit ? total : NAN; }
+
 // weight * cross-entropy as log(total) + (top - z_target): the other order loses every digit when the
 // target's share is near 1.
 ULFINE_FORMULA float row_loss(float top, float total, float z_target, float weight) {
@@ -79,14 +86,14 @@ ULFINE_FORMULA float row_loss(float top, float total, float z_target, float weig
 // The larger one; NaN as soon as one is.
 ULFINE_FORMULA float larger(float a, float b) { return b > a || b != b ? b : a; }
 
-ULFINE_FORMULA float running_share(float share, float mass, float total, float gamma) {
-  return gamma * share + (1.0f - gamma) * (mass / total);
+ULFINE_FORMULA float running_share(float share, float mass, float total, double gamma) {
+  return static_cast<float>(gamma) * share + rest_of(gamma) * (mass / total);
 }
 
 // Running class mean of one dimension, from the sum of `count` new rows; the first rows set it.
-ULFINE_FORMULA float running_mean(float visual, bool seen, float sum, float count, float beta) {
+ULFINE_FORMULA float running_mean(float visual, bool seen, float sum, float count, double beta) {
   const float share = 1.0f / count;
-  return seen ? beta * visual + (1.0f - beta) * share * sum : share * sum;
+  return seen ? static_cast<float>(beta) * visual + rest_of(beta) * share * sum : share * sum;
 }
 
 // Step of a textual prototype towards its visual one.
@@ -103,10 +110,11 @@ ULFINE_FORMULA double ordered_pairs(int64_t classes) {
   return classes > 1 ? static_cast<double>(classes) * static_cast<double>(classes - 1) : 1.0;
 }
 
-// Mean squared cosine from its sum over all ordered pairs. The sum is a difference, which rounding may leave
-// just below 0; NaN passes.
+// Mean squared cosine from its sum over all ordered pairs, which rounding may leave just outside of its
+// range; NaN passes.
 ULFINE_FORMULA float mean_squared_cosine(double total, int64_t classes) {
-  return static_cast<float>(total < 0.0 ? 0.0 : total / ordered_pairs(classes));
+  const double mean = total / ordered_pairs(classes);
+  return static_cast<float>(mean < 0.0 ? 0.0 : mean > 1.0 ? 1.0 : mean);
 }
 
 }  // namespace ulfine::ULFINE_ISA

@@ -4,7 +4,7 @@
     b_k = linear_scale * w_k,  b_{C+k} = proto_scale * t_k
 
 Letters: w linear probe [C, D] (rows of unit norm unless it is a plain one), t unit prototypes [C, D], e folded bank
-[C, D], b stacked bank [2C, D], f factors [2, C] that make logits of the rows of either branch as they are stored.
+[C, D], b stacked bank [2C, D], rest 1 - eta, f factors [2, C] that make logits of the rows of either branch as they are stored.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def bank_kernel(
     C,
     D,
     eta,
+    rest,
     linear_scale,
     proto_scale,
     NORMALIZE: tl.constexpr,
@@ -50,7 +51,7 @@ def bank_kernel(
     t *= t_factor[:, None]
     if e_ptr is not None:
         align = tl.load(align_ptr).to(tl.float32)
-        store_tile(e_ptr, c, d, C, D, eta * w + (1.0 - eta) * align * t)
+        store_tile(e_ptr, c, d, C, D, eta * w + rest * align * t)
     if b_ptr is not None:
         store_tile(b_ptr, c, d, C, D, w)
         store_tile(b_ptr + tl.cast(C, tl.int64) * D, c, d, C, D, t)
@@ -94,6 +95,8 @@ def banks(
         classes,
         dim,
         float(eta),
+        # A float32 eta near 1 would leave hardly a correct digit.
+        1.0 - eta,
         float(linear_scale),
         float(proto_scale),
         normalize_linear,

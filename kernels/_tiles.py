@@ -31,6 +31,6 @@ def product_tile() -> dict[str, int | str]:
 
 def row_tile(length: int, largest: int | None = None) -> tuple[int, int]:
     """Rows of a program and padded numbers of a row that it holds at a time: all of them, or `largest`."""
-    block = triton.next_power_of_2(length)
+    block = triton.next_power_of_2(max(length, 1))
     block = block if largest is None else min(block, largest)
     return max(ROW_PASS // block, 1), block

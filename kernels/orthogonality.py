@@ -58,9 +58,10 @@ def value_kernel(
     total = ordered_sum(q_ptr, squares, BLOCK)
     if not OF_ROWS:
         total -= ordered_sum(f_ptr, fourths, BLOCK)
-    # The subtraction may round to just below 0; NaN passes.
-    total = tl.where(total < 0.0, 0.0, total / pairs)
-    tl.store(value_ptr, total.to(tl.float32))
+    # Rounding may leave the range of a mean of squared cosines; NaN passes.
+    mean = total / pairs
+    mean = tl.where(mean < 0.0, 0.0, tl.where(mean > 1.0, 1.0, mean))
+    tl.store(value_ptr, mean.to(tl.float32))
 
 
 def orthogonality_triton(
@@ -83,7 +84,10 @@ def orthogonality_triton(
         gram = product(unit, unit.T) if of_rows else product(unit.T, unit)
         squares_kernel[(squares,)](gram, square, side, of_rows, *gram_tile)
         value_kernel[(1,)](square, fourth, value, squares, fourths, pairs, of_rows, ROW_PASS)
-        if need_gradient:
+        if need_gradient and classes == 1:
+            # There is no pair, whatever the row holds.
+            gradient = torch.zeros_like(unit)
+        elif need_gradient:
             towards = product(gram, unit) if of_rows else product(unit, gram)
             gradient = unit_rows_backward(towards, p, 4.0 * weight / pairs)
     return value, gradient

@@ -77,8 +77,6 @@ def test_a_step_is_as_close_as_with_tf32(tf32, operands, kernel, dtype, loss_on,
     [
         {"dtype": torch.float32, "operands_of": torch.float32},
         {"normalize_linear": False},
-        {"linear_scale": 513.0},
-        {"proto_scale": 513.0},
     ],
 )
 def test_what_is_not_half_or_has_no_bound_keeps_float32(tf32, operands, kernel, change):
@@ -109,13 +107,18 @@ def test_a_small_weight_costs_no_digits(tf32, kernel, loss_on):
     torch.testing.assert_close(1e5 * small, one, rtol=2 * 2**-7, atol=1e-3 * one.abs().max().item())
 
 
+@pytest.mark.parametrize("align", [1.0, 100.0, 1e6])
 @pytest.mark.parametrize("loss_on", ["branches", "fused"])
-def test_the_largest_scales_fit(tf32, operands, kernel, loss_on):
+def test_any_scale_fits(tf32, operands, kernel, loss_on, align):
     s = step_inputs(Shape(4, 6, 7, 5))
-    scales = {"linear_scale": 512.0, "proto_scale": 512.0, "align": 100.0, "eta": 0.0}
+    # A device number, of which nothing is known.
+    scales = {"linear_scale": 512.0, "proto_scale": 900.0, "align": torch.tensor(align), "eta": 0.25}
     found = step(s, kernel, operands_of=torch.bfloat16, loss_on=loss_on, **scales)
     assert torch.float16 in operands
-    assert all(tensor.isfinite().all() for tensor in found if tensor.is_floating_point())
+    exact = step(s, "reference", operands_of=torch.float64, loss_on=loss_on, **scales)
+    assert torch.equal(found[4], exact[4])
+    for one, true in zip(found[:4], exact[:4], strict=True):
+        torch.testing.assert_close(one.double(), true, rtol=2e-2, atol=2e-2 * true.abs().max().item())
 
 
 @pytest.mark.parametrize("loss_on", ["branches", "fused"])

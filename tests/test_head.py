@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from tolerances import assert_same_bits, seeded
@@ -65,10 +67,13 @@ def test_the_probe_starts_from_the_text_by_default() -> None:
         ({"linear_scale": 0.0}, "linear_scale must be a finite number above 0, got 0"),
         ({"proto_scale": float("nan")}, "proto_scale must be a finite number above 0, got nan"),
         ({"loss_on": "both"}, "loss_on must be branches or fused, got 'both'"),
+        ({"linear": [1.0]}, "linear must be a tensor, got list"),
+        ({"eta": "half"}, "eta must be a number, got str"),
+        ({"normalize_linear": None}, "normalize_linear must be True or False, got NoneType"),
     ],
 )
 def test_it_says_what_it_expected(arguments, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         DualHead(**{"text": torch.ones(2, 5), **arguments})
 
 
@@ -134,6 +139,15 @@ def test_forward_predicts_what_the_pseudo_labels_say(name) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_forward_is_float32_for_every_dtype_of_the_features(dtype) -> None:
     assert head()(features().to(dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_head_in_float64_predicts_in_float64(normalize) -> None:
+    made = DualHead(torch.randn(CLASSES, DIM), normalize_linear=normalize)
+    rows = torch.randn(3, DIM)
+    wide = copy.deepcopy(made).double()(rows)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(made(rows).double(), wide, rtol=1e-5, atol=1e-5)
 
 
 def test_forward_under_autocast_stays_in_float32() -> None:

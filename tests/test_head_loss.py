@@ -164,6 +164,14 @@ def test_a_second_backward_gives_the_same_gradients(backend):
         torch.testing.assert_close(twice, 2 * once)
 
 
+def test_a_kernel_refuses_a_second_derivative(kernel):
+    leaves = step().leaves()
+    loss, _ = head_loss(**leaves, threshold=THRESHOLD, backend=kernel)
+    (first,) = torch.autograd.grad(loss, leaves["features"], create_graph=True)
+    with pytest.raises(RuntimeError, match="head_loss: kernels have no second derivative"):
+        torch.autograd.grad(loss + first.square().sum(), leaves["linear"])
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_without_a_graph_break(kernel, compiler):
     s = step()
@@ -233,14 +241,18 @@ def test_same_bits_for_every_thread_count_and_arguments_unchanged(poisoned, kern
         ({"adjustment": torch.zeros(10)}, r"adjustment must be \[11\], got \[10\]"),
         ({"strong_adjustment": torch.zeros(2, 11)}, r"strong_adjustment must be \[11\]"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\], got 1.5"),
-        ({"unlabelled_weight": -1.0}, "unlabelled_weight must be in"),
-        ({"orthogonality_weight": float("nan")}, "orthogonality_weight must be in"),
+        ({"unlabelled_weight": -1.0}, "unlabelled_weight must be a finite number of at least 0, got -1"),
+        ({"orthogonality_weight": float("nan")}, "orthogonality_weight must be a finite .*, got nan"),
+        ({"targets": [0] * 7}, "targets must be a tensor, got list"),
+        ({"adjustment": [0.0] * 11}, "adjustment must be a tensor, got list"),
+        ({"scale_rows": 1.5}, "scale_rows must be a whole number, got float"),
+        ({"normalize_linear": 1}, "normalize_linear must be True or False, got int"),
         ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0"),
-        ({"scale_rows": -1}, "scale_rows must be None or at least 0, got -1"),
+        ({"scale_rows": -1}, "scale_rows must be at least 0, got -1"),
         ({"loss_on": "both"}, "loss_on must be branches or fused, got 'both'"),
         ({"prototypes": torch.randn(10, 33)}, r"prototypes must be \[11, 33\], got \[10, 33\]"),
     ],
 )
 def test_errors_say_expected_and_got(change, message):
-    with pytest.raises(ValueError, match=f"head_loss: .*{message}"):
+    with pytest.raises((ValueError, TypeError), match=f"head_loss: .*{message}"):
         head_loss(**(vars(step()) | change))

@@ -545,9 +545,11 @@ class NoOperators(TorchDispatchMode):
     [("compounding", 2), ("normalized", 2), ("still", 1), ("still and normalized", 2), ("posterior", 4)],
 )
 @pytest.mark.parametrize("kernel", ["cuda"])
-def test_advance_starts_few_kernels(kernel, choice, launches, emulated_kernels) -> None:
+def test_advance_starts_few_kernels(kernel, choice, launches, emulated_kernels, monkeypatch) -> None:
     state, arguments = moving(40, 70, 9, 33)
     arguments["copies"] = marked(70)
+    # On a GPU no label is read.
+    monkeypatch.setattr("ulfine_fast.ops._checks.labels", lambda *_: None)
     before = emulated_kernels.launches()
     with use_backend(kernel), NoOperators():
         state.advance(**(ADVANCE | arguments | CHOICES[choice]))
@@ -635,16 +637,104 @@ def test_advance_tells_a_graph_that_its_state_has_changed(backend) -> None:
     [
         ({"features": torch.zeros(7, 5)}, r"advance: features must be \[any, 6\], got \[7, 5\]"),
         ({"targets": torch.zeros(6).long()}, r"advance: targets must be \[7\], got \[6\]"),
-        ({"weak": torch.zeros(9, 5)}, r"advance: weak must be \[any, 6\], got \[9, 5\]"),
-        ({"weak": torch.zeros(8, 6)}, r"advance: label must be \[8\], got \[9\]"),
+        ({"weak": torch.zeros(9, 5)}, r"advance: weak must be \[9, 6\], got \[9, 5\]"),
+        ({"weak": torch.zeros(8, 6)}, r"advance: weak must be \[9, 6\], got \[8, 6\]"),
         ({"copies": torch.zeros(9)}, r"advance: copies must be bool, got float32"),
         ({"labelled_counts": torch.zeros(5)}, r"advance: labelled_counts must be int64, got float32"),
+        ({"finite": True}, "advance: finite must be a tensor, got bool"),
+        ({"finite": torch.ones(2).bool()}, r"advance: finite must be \[\], got \[2\]"),
+        ({"finite": torch.tensor(1.0)}, "advance: finite must be bool, got float32"),
+        ({"targets": torch.full((7,), 5)}, "advance: targets must be below 5 classes, got 5 at row 0"),
+        ({"pseudo": None}, "advance: pseudo must be PseudoLabels, got NoneType"),
+        ({"unlabelled_mass": -1.0}, "advance: unlabelled_mass must be a finite number of at least 0, got -1"),
+        ({"mu": torch.tensor(0.5)}, "advance: mu must be a number, got Tensor"),
+        ({"posterior": 1}, "advance: posterior must be True or False, got int"),
         ({"finite": TRUE.to("meta")}, r"advance: finite must be on cpu like the rest, got meta"),
         ({"strength": 0.0}, r"advance: strength must be a finite number above 0, got 0"),
         ({"gamma": 1.5}, r"advance: gamma must be in \[0, 1\], got 1.5"),
     ],
 )
-def test_advance_names_a_wrong_argument(change, message) -> None:
+def test_advance_names_a_wrong_argument_and_changes_nothing(change, message) -> None:
     state, arguments = moving(7, 9, 5, 6)
-    with pytest.raises((ValueError, TypeError), match=message):
+    held = state.state_dict().values()
+    with unchanged(*held), pytest.raises((ValueError, TypeError), match=message):
         state.advance(**(ADVANCE | arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("label", torch.full((9,), 5), "label must be below 5 classes, got 5 at row 0"),
+        ("keep", torch.ones(9), "keep must be bool, got float32"),
+        ("histogram", torch.ones(5), "histogram must be int64, got float32"),
+        ("branch_scale", torch.ones(1), r"branch_scale must be \[2\], got \[1\]"),
+        ("branch_scale", torch.ones(2).long(), "branch_scale must be float32.*got int64"),
+    ],
+)
+@pytest.mark.parametrize("method", ["advance", "update", "refit"])
+def test_pseudo_labels_that_do_not_fit_change_nothing(method, field, value, message) -> None:
+    state, arguments = moving(7, 9, 5, 6)
+    arguments |= {"pseudo": arguments["pseudo"]._replace(**{field: value})}
+    calls = {
+        "advance": ADVANCE | arguments,
+        "update": RATES | {name: arguments[name] for name in ("features", "targets", "pseudo")},
+        "refit": {name: arguments[name] for name in ("weak", "pseudo", "labelled_counts")}
+        | {"strength": 16.0, "unlabelled_mass": 1.0, "gamma": 0.9},
+    }
+    with unchanged(*state.state_dict().values()), pytest.raises((ValueError, TypeError), match=message):
+        getattr(state, method)(**calls[method])
+
+
+def test_a_target_that_does_not_fit_an_update_changes_nothing() -> None:
+    state, arguments = moving(7, 9, 5, 6)
+    with unchanged(*state.state_dict().values()), pytest.raises(ValueError, match="targets must be below 5"):
+        state.update(arguments["features"], torch.full((7,), 5), arguments["pseudo"], **RATES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_advance_takes_branch_scales_of_any_dtype(backend, dtype) -> None:
+    state, arguments = moving(7, 9, 5, 6)
+    pseudo = arguments["pseudo"]
+    other = arguments | {"pseudo": pseudo._replace(branch_scale=pseudo.branch_scale.to(dtype))}
+    assert_same_state(advanced(state, backend, other), advanced(state, backend, arguments))
+
+
+# On a GPU no label is read: one that is too large is none.
+@pytest.mark.parametrize("posterior", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_a_label_beyond_the_classes_counts_nowhere(backend, posterior, monkeypatch) -> None:
+    state, arguments = moving(7, 9, 5, 6)
+    pseudo = arguments["pseudo"]
+    label, none = (pseudo.label.index_fill(0, torch.tensor([0, 4]), large) for large in (2**20, -1))
+    changes = {"copies": torch.zeros(9, dtype=torch.bool), "posterior": posterior}
+    wrong, expected = (
+        arguments | {"pseudo": pseudo._replace(label=one, keep=pseudo.keep & (none >= 0))}
+        for one in (label, none)
+    )
+    monkeypatch.setattr("ulfine_fast.ops._checks.labels", lambda *_: None)
+    assert_same_state(
+        advanced(state, backend, wrong, **changes), advanced(state, backend, expected, **changes)
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_a_rate_near_one_leaves_its_share_to_what_is_new(backend) -> None:
+    state, arguments = moving(7, 9, 5, 6)
+    for name in ("kept_distribution", "distribution", "branch_scale"):
+        getattr(state, name).zero_()
+    rates = {"beta": 0.999999, "gamma": 0.999999, "scale_decay": 0.999999}
+    got = advanced(state, backend, arguments, **rates)
+    exact = advanced(state.double(), "reference", widened(arguments), **rates)
+    for name in ("kept_distribution", "distribution", "branch_scale"):
+        torch.testing.assert_close(getattr(got, name).double(), getattr(exact, name), rtol=1e-5, atol=0)
+
+
+def test_a_measurement_and_a_mark_that_do_not_fit_are_refused() -> None:
+    state = PrototypeState(text())
+    with pytest.raises(ValueError, match=r"measure: branch_scale must be \[2\], got \[1\]"):
+        state.measure(torch.ones(1), 0.9)
+    with pytest.raises(ValueError, match=r"measure: decay must be in \[0, 1\], got 2"):
+        state.measure(torch.ones(2), 2.0)
+    with pytest.raises(TypeError, match="normalize: finite must be a tensor, got bool"):
+        state.normalize(True)

@@ -54,16 +54,12 @@ def _f32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
-# Largest scale whose folded bank fits float16 with an align of 100, the most that PrototypeState gives.
-LARGEST_HALF_SCALE = 512.0
-
-
-def _operand_dtype(normalize_linear: bool, scales: tuple[float, float], *features: Tensor) -> torch.dtype:
+def _operand_dtype(normalize_linear: bool, *features: Tensor) -> torch.dtype:
     """float16 for half features where torch allows TF32, which has the same 11 significant bits, else float32.
 
     A probe that is not normalized has no bound, and might not fit.
     """
-    fits = torch.backends.cuda.matmul.allow_tf32 and normalize_linear and max(scales) <= LARGEST_HALF_SCALE
+    fits = torch.backends.cuda.matmul.allow_tf32 and normalize_linear
     half = all(t.dtype in (torch.float16, torch.bfloat16) for t in features)
     return torch.float16 if fits and half else torch.float32
 
@@ -83,6 +79,7 @@ class _UnitRows(NamedTuple):
     bank: Tensor | None  # [2C, D] unit rows of the linear probe, if there is one, and of the prototypes
     bank_inverse: Tensor  # [2C] their inverse norms
     fold: Tensor | None  # [C, D] the bank whose logits are the fused ones
+    fold_unit: Tensor | None  # [] what a fold in float16 is divided by, a power of two
     text: Tensor | None  # [C, D] unit rows of the prototypes in float32
 
 
@@ -112,13 +109,14 @@ def _unit_rows(
         _empty(features, rows, d, dtype=dtype) if bank else None,
         _empty(features, rows),
         None if fold is None else _empty(features, c, d, dtype=dtype),
+        None if fold is None or dtype == torch.float32 else _empty(features),
         _empty(features, c, d) if text else None,
     )
     align, *factors = (None, 0.0, 0.0, 0.0) if fold is None else fold
     _launch(
         "unit_rows", weak, features, linear, prototypes, _operand(unit.x), unit.x_inverse,
-        _operand(unit.bank), unit.bank_inverse, _operand(unit.fold), unit.text, align, *histograms, u, b, c,
-        d, *factors, normalize_linear,
+        _operand(unit.bank), unit.bank_inverse, _operand(unit.fold), unit.fold_unit, unit.text, align,
+        *histograms, u, b, c, d, *factors, normalize_linear,
     )  # fmt: skip
     return unit
 
@@ -139,13 +137,14 @@ def _through_norms(
     factor: float = 1.0,
     *,
     used: Tensor | None = None,
+    unit: Tensor | None = None,
     normalized: bool = True,
 ) -> tuple:
     """A part of `_finish`: the gradient in unit rows becomes the one in the rows; None is nothing to do."""
-    return gradient, rows, inverse, used, len(rows), factor, normalized
+    return gradient, rows, inverse, used, len(rows), unit, factor, normalized
 
 
-_NOTHING = None, None, None, None, 0, 0.0, False
+_NOTHING = None, None, None, None, 0, None, 0.0, False
 
 
 def _finish(
@@ -236,7 +235,7 @@ def pseudo_label(
     x, w, t, limit, factor, shift = map(_f32, (features, linear, prototypes, threshold, align, adjustment))
     rows, classes = len(x), len(w)
     out = _label_outputs(x, classes)
-    dtype = _operand_dtype(normalize_linear, (linear_scale, proto_scale), features)
+    dtype = _operand_dtype(normalize_linear, features)
     unit = _unit_rows(
         x, w, t, normalize_linear=normalize_linear, bank=scale_rows > 0, dtype=dtype,
         fold=(factor, eta, linear_scale, proto_scale), histograms=out[3:5],
@@ -245,8 +244,8 @@ def pseudo_label(
     cosines = _product(unit.x[:scale_rows], unit.bank.t()) if scale_rows else None
     spread = _empty(x, scale_rows, 2)
     _launch(
-        "pseudo_label", fused, cosines, limit, len(limit), shift, factor, *out[:5], spread, rows, classes,
-        scale_rows, eta, linear_scale, proto_scale, temperature,
+        "pseudo_label", fused, unit.fold_unit, cosines, limit, len(limit), shift, factor, *out[:5], spread,
+        rows, classes, scale_rows, eta, linear_scale, proto_scale, temperature,
     )  # fmt: skip
     _finish(x.shape[1], spread=spread, branch_scale=out[5])
     return out
@@ -282,7 +281,7 @@ def dual_cross_entropy(
     loss, row_loss, used = _empty(x), _empty(x, rows), _empty(x, rows, dtype=torch.bool)
     _launch(
         "dual_cross_entropy",
-        (z, None, (unit.x, None), row_loss, used, rows, classes, dim, linear_scale, proto_scale,
+        (z, None, None, (unit.x, None), row_loss, used, rows, classes, dim, linear_scale, proto_scale,
          float(need_features or need_linear), fused),
         targets.contiguous(), weight, shift, groups, None if group is None else group.contiguous(),
     )  # fmt: skip
@@ -378,7 +377,7 @@ def state_update_(
         _fit(features, targets, counts, (textual, visual, seen, distribution), mu, beta, gamma),
         (x, *sums, *working, strength, unlabelled_mass), finite, label.contiguous(), keep.contiguous(),
         None if copies is None else copies.contiguous(), counted, kept_histogram.contiguous(),
-        branch_scale.contiguous(), kept_distribution, running_scale, measured, views, scale_decay, normalize,
+        _f32(branch_scale), kept_distribution, running_scale, measured, views, scale_decay, normalize,
     )  # fmt: skip
 
 
@@ -396,9 +395,15 @@ def _gram_gradient(gram: Tensor, unit: Tensor) -> Tensor:
     return _product(gram, unit) if len(gram) == len(unit) else _product(unit, gram)
 
 
-def _on_gram(weight: float, classes: int) -> float:
-    """Factor on Gram matrix times unit rows in the gradient of weight * value."""
-    return 4.0 * weight / max(classes * (classes - 1), 1)
+def _of_pairs(gradient: Tensor | None, rows: Tensor, inverse: Tensor, weight: float) -> tuple:
+    """A part of `_finish`: Gram matrix times unit rows becomes the gradient of weight * value in the rows."""
+    classes = len(rows)
+    if classes == 1:
+        # There is no pair, whatever the row holds.
+        if gradient is not None:
+            gradient.zero_()
+        return _NOTHING
+    return _through_norms(gradient, rows, inverse, 4.0 * weight / (classes * (classes - 1)))
 
 
 @_on_device_of_first
@@ -410,7 +415,7 @@ def orthogonality(prototypes: Tensor) -> tuple[Tensor, Tensor]:
     value, gradient = _empty(p), _gram_gradient(gram, rows.bank)
     _finish(
         d,
-        prototypes=_through_norms(gradient, p, rows.bank_inverse, _on_gram(1.0, c)),
+        prototypes=_of_pairs(gradient, p, rows.bank_inverse, 1.0),
         squares=squares,
         classes=c,
         value=value,
@@ -447,7 +452,7 @@ def head_loss(
     shifts = [_f32(shift) for shift in (weak_adjustment, adjustment, strong_adjustment)]
     (rows, dim), views, labelled, classes = x.shape, len(u), len(targets), len(w)
     out = _label_outputs(u, classes)
-    dtype = _operand_dtype(normalize_linear, (linear_scale, proto_scale), features, weak)
+    dtype = _operand_dtype(normalize_linear, features, weak)
     half = dtype == torch.float16
     unit = _unit_rows(
         x, w, t, weak=u, normalize_linear=normalize_linear, dtype=dtype,
@@ -469,10 +474,10 @@ def head_loss(
     dz = _empty(x, *z_rows.shape, dtype=dtype) if half else z_rows
     _launch(
         "head_loss",
-        (z if fused else None, cosines, limit, len(limit), shifts[0], factor, *out[:5], spread, views, classes,
-         scale_rows, eta, linear_scale, proto_scale, temperature),
-        (z_rows, dz if half else None, _operand(x_rows), row_loss, used, rows, classes, dim, linear_scale,
-         proto_scale, (need_features or need_linear) / unit_of_dz, fused),
+        (z if fused else None, unit.fold_unit, cosines, limit, len(limit), shifts[0], factor, *out[:5], spread,
+         views, classes, scale_rows, eta, linear_scale, proto_scale, temperature),
+        (z_rows, unit.fold_unit, dz if half else None, _operand(x_rows), row_loss, used, rows, classes, dim,
+         linear_scale, proto_scale, (need_features or need_linear) / unit_of_dz, fused),
         targets.contiguous(), *shifts[1:], labelled, *weights,
     )  # fmt: skip
     d_x = _product(dz, bank) if need_features else None
@@ -484,7 +489,7 @@ def head_loss(
         d_t = _gram_gradient(gram, text) if need_prototypes else None
     _finish(
         dim,
-        features=_through_norms(d_x, x, unit.x_inverse[views:], unit_of_dz, used=used),
+        features=_through_norms(d_x, x, unit.x_inverse[views:], unit_of_dz, used=used, unit=unit.fold_unit),
         linear=_through_norms(
             d_w,
             w,
@@ -492,9 +497,7 @@ def head_loss(
             unit_of_dz * (eta * linear_scale if fused else 1.0),
             normalized=normalize_linear,
         ),
-        prototypes=_through_norms(
-            d_t, t, unit.bank_inverse[classes:], _on_gram(orthogonality_weight, classes)
-        ),
+        prototypes=_of_pairs(d_t, t, unit.bank_inverse[classes:], orthogonality_weight),
         row_loss=row_loss,
         spread=spread,
         squares=squares,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ulfine_fast.head_loss import head_loss
 from ulfine_fast.ops import PseudoLabels, _checks, dual_cross_entropy, orthogonality, pseudo_label
-from ulfine_fast.ops._rows import unit_rows
+from ulfine_fast.ops._rows import unit_rows, working_dtype
+from ulfine_fast.ops.dual_cross_entropy import on_fused
 from ulfine_fast.state import PrototypeState
 
 
@@ -44,11 +45,9 @@ class DualHead(nn.Module):
         if linear is not None:
             _checks.matrix("DualHead", "linear", linear, *text.shape)
             _checks.same_device("DualHead", text, linear=linear)
-        _checks.between("DualHead", "eta", eta, 0.0, 1.0)
-        _checks.positive("DualHead", "linear_scale", linear_scale)
-        _checks.positive("DualHead", "proto_scale", proto_scale)
-        if loss_on not in ("branches", "fused"):
-            raise ValueError(f"DualHead: loss_on must be branches or fused, got {loss_on!r}")
+        _checks.branches("DualHead", eta, linear_scale=linear_scale, proto_scale=proto_scale)
+        _checks.flag("DualHead", normalize_linear=normalize_linear)
+        on_fused("DualHead", loss_on)
         start = self.state.text if linear is None else linear.detach().to(torch.float32)
         self.linear = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
         self.eta = eta
@@ -149,16 +148,19 @@ class DualHead(nn.Module):
     @torch.no_grad()
     def folded(self) -> Tensor:
         """[C, D] matrix M with fused logits = unit(features) @ M', the head as one linear layer to export."""
-        linear = unit_rows(self.linear, torch.float32) if self.scales["normalize_linear"] else self.linear
-        textual = unit_rows(self.state.textual, torch.float32)
+        dtype = working_dtype(self.linear, self.state.textual)
+        normalize = self.scales["normalize_linear"]
+        linear = unit_rows(self.linear, dtype) if normalize else self.linear.to(dtype)
+        textual = unit_rows(self.state.textual, dtype)
         on_linear = self.eta * self.scales["linear_scale"]
         on_textual = (1.0 - self.eta) * self.scales["proto_scale"] * self.state.align()
         return on_linear * linear + on_textual * textual
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
-        """Fused logits [B, C] float32 of features [B, D], for prediction."""
+        """Fused logits [B, C] of features [B, D], for prediction: float32, or float64 of a head in float64."""
         _checks.matrix("DualHead", "features", features, columns=self.linear.shape[1])
         _checks.same_device("DualHead", self.linear, features=features)
         with torch.autocast(features.device.type, enabled=False):
-            return unit_rows(features, torch.float32) @ self.folded().T
+            folded = self.folded()
+            return unit_rows(features, folded.dtype) @ folded.T

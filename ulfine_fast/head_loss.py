@@ -17,7 +17,7 @@ from torch import Tensor
 from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._handover import hand_over, keep
+from ulfine_fast.ops._handover import hand_over, keep, once
 from ulfine_fast.ops._rows import working_dtype
 from ulfine_fast.ops.dual_cross_entropy import dual_cross_entropy_reference, on_fused
 from ulfine_fast.ops.orthogonality import orthogonality_reference
@@ -146,7 +146,7 @@ class _HeadLoss(torch.autograd.Function):
         return out[0], *out[4:]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("head_loss")
     def backward(ctx, grad, *_):
         def again(tensors):
             return torch.ops.ulfine._head_loss.default(*tensors, *options)[1:4]
@@ -187,7 +187,8 @@ def head_loss(
     """Loss of one step and the pseudo-labels it used.
 
     Differentiable in `features`, in `linear` and, through orthogonality alone, in `prototypes`. Strong rows
-    whose weak view was rejected take no part; the cpp back end does not compute them.
+    whose weak view was rejected take no part; the cpp back end does not compute them. A second derivative raises
+    RuntimeError on a kernel.
 
     Args:
         features: [B_l + V B_u, D] float; labelled rows, then V >= 0 strong views of all unlabelled images.
@@ -211,10 +212,11 @@ def head_loss(
     """
     op = "head_loss"
     _checks.matrix(op, "features", features)
-    _checks.bank(op, "linear", linear, features)
+    _checks.bank(op, "linear", linear, features.shape[1])
     classes, dim = linear.shape
     _checks.matrix(op, "prototypes", prototypes, classes, dim)
     _checks.matrix(op, "weak", weak, columns=dim)
+    _checks.tensor(op, "targets", targets)
     _checks.labels(op, "targets", targets, targets.numel(), classes)
     strong, unlabelled = len(features) - len(targets), len(weak)
     if strong < 0 or strong % max(unlabelled, 1) or (strong and not unlabelled):
@@ -236,10 +238,8 @@ def head_loss(
         align=align, **shifts,
     )  # fmt: skip
     _checks.branches(op, eta, linear_scale=linear_scale, proto_scale=proto_scale, temperature=temperature)
-    for name, value in (
-        ("unlabelled_weight", unlabelled_weight), ("orthogonality_weight", orthogonality_weight)
-    ):  # fmt: skip
-        _checks.between(op, name, value, 0.0, float("inf"))
+    _checks.not_negative(op, unlabelled_weight=unlabelled_weight, orthogonality_weight=orthogonality_weight)
+    _checks.flag(op, normalize_linear=normalize_linear)
     options = (
         threshold, align, *(None if shift is None else shift.detach() for shift in shifts.values()), float(eta), float(linear_scale), float(proto_scale), float(temperature),
         normalize_linear, measured_rows(op, scale_rows, unlabelled), on_fused(op, loss_on), float(unlabelled_weight), float(orthogonality_weight),

@@ -63,9 +63,7 @@ class PrototypeState(nn.Module):
 
     def __init__(self, text: Tensor) -> None:
         super().__init__()
-        _checks.matrix("PrototypeState", "text", text)
-        if not len(text):
-            raise ValueError(f"PrototypeState: text must have at least one class, got {list(text.shape)}")
+        _checks.bank("PrototypeState", "text", text)
         text = F.normalize(text.detach().to(torch.float32), dim=-1).contiguous()
         classes = text.shape[0]
         self.textual = nn.Parameter(text.clone())
@@ -97,6 +95,10 @@ class PrototypeState(nn.Module):
     @torch.no_grad()
     def measure(self, branch_scale: Tensor, decay: float) -> None:
         """Take one measurement [2] into the running scales; the first one sets them, [0, 0] is none."""
+        _checks.vector("measure", "branch_scale", branch_scale, 2, _checks.FLOATS)
+        _checks.same_device("measure", self.text, branch_scale=branch_scale)
+        _checks.between("measure", "decay", decay, 0.0, 1.0)
+        branch_scale = branch_scale.to(working_dtype(branch_scale))
         running = decay * self.branch_scale + (1.0 - decay) * branch_scale
         new = torch.where(self.measured, running, branch_scale)
         found = branch_scale.any()
@@ -121,12 +123,13 @@ class PrototypeState(nn.Module):
             features: [B_l, D] labelled features of the step. targets: [B_l] int64, negative is left out.
             pseudo: what `pseudo_label` said of the step's weak views.
             mu, beta, gamma: see `proto_fit`. scale_decay: share of the old branch scales, in [0, 1].
+
+        Raises:
+            ValueError, TypeError: wrong shape, dtype, device, label or range; nothing has changed then.
         """
-        self.measure(pseudo.branch_scale, scale_decay)
-        kept = pseudo.kept_histogram.to(self.kept_distribution.dtype)
-        total = kept.sum()
-        running = gamma * self.kept_distribution + (1.0 - gamma) * kept / total.clamp_min(1.0)
-        self.kept_distribution.copy_(torch.where(total > 0, running, self.kept_distribution))
+        self._check_labels("update", pseudo)
+        _checks.between("update", "scale_decay", scale_decay, 0.0, 1.0)
+        # The first to change anything, for it checks the rest.
         proto_fit_(
             features,
             targets,
@@ -139,6 +142,46 @@ class PrototypeState(nn.Module):
             beta=beta,
             gamma=gamma,
         )
+        self.measure(pseudo.branch_scale, scale_decay)
+        kept = pseudo.kept_histogram.to(self.kept_distribution.dtype)
+        total = kept.sum()
+        running = gamma * self.kept_distribution + (1.0 - gamma) * kept / total.clamp_min(1.0)
+        self.kept_distribution.copy_(torch.where(total > 0, running, self.kept_distribution))
+
+    def _check_labels(self, op: str, pseudo: PseudoLabels) -> None:
+        """Raise unless `pseudo` are pseudo-labels over the classes of this state."""
+        if not isinstance(pseudo, PseudoLabels):
+            raise TypeError(f"{op}: pseudo must be PseudoLabels, got {type(pseudo).__name__}")
+        classes = len(self.text)
+        _checks.tensor(op, "label", pseudo.label)
+        rows = pseudo.label.numel()
+        _checks.labels(op, "label", pseudo.label, rows, classes)
+        _checks.vector(op, "keep", pseudo.keep, rows, (torch.bool,))
+        _checks.vector(op, "histogram", pseudo.histogram, classes, (torch.int64,))
+        _checks.vector(op, "kept_histogram", pseudo.kept_histogram, classes, (torch.int64,))
+        _checks.vector(op, "branch_scale", pseudo.branch_scale, 2, _checks.FLOATS)
+        _checks.same_device(
+            op, self.text, label=pseudo.label, keep=pseudo.keep, histogram=pseudo.histogram,
+            kept_histogram=pseudo.kept_histogram, branch_scale=pseudo.branch_scale,
+        )  # fmt: skip
+
+    def _check_posterior(
+        self,
+        op: str,
+        weak: Tensor,
+        pseudo: PseudoLabels,
+        labelled_counts: Tensor,
+        strength: float,
+        mass: float,
+    ) -> None:
+        """Raise unless `refit` can take these."""
+        classes, dim = self.text.shape
+        self._check_labels(op, pseudo)
+        _checks.matrix(op, "weak", weak, len(pseudo.label), dim)
+        _checks.vector(op, "labelled_counts", labelled_counts, classes, (torch.int64,))
+        _checks.same_device(op, self.text, weak=weak, labelled_counts=labelled_counts)
+        _checks.positive(op, "strength", strength)
+        _checks.not_negative(op, unlabelled_mass=mass)
 
     @torch.no_grad()
     def refit(
@@ -167,10 +210,27 @@ class PrototypeState(nn.Module):
             labelled_counts: [C] labelled examples of each class in the training set.
             strength: examples that the text is worth, above 0. unlabelled_mass: mass of all unlabelled
                 examples in masses of all labelled ones, at least 0. gamma: share of the old sums, in [0, 1].
+
+        Raises:
+            ValueError, TypeError: wrong shape, dtype, device, label or range; nothing has changed then.
         """
-        keep = pseudo.keep[:, None]
+        self._check_posterior("refit", weak, pseudo, labelled_counts, strength, unlabelled_mass)
+        _checks.between("refit", "gamma", gamma, 0.0, 1.0)
+        self._refit(weak, pseudo, labelled_counts, strength, unlabelled_mass, gamma)
+
+    def _refit(
+        self,
+        weak: Tensor,
+        pseudo: PseudoLabels,
+        labelled_counts: Tensor,
+        strength: float,
+        unlabelled_mass: float,
+        gamma: float | Tensor,
+    ) -> None:
+        label = self._known(pseudo.label)
+        keep = (pseudo.keep & (label >= 0))[:, None]
         rows = torch.where(keep, unit_rows(weak, self.kept_sum.dtype), 0.0)
-        add_by_class_(self.kept_sum.mul_(gamma), pseudo.label.clamp_min(0), rows)
+        add_by_class_(self.kept_sum.mul_(gamma), label.clamp_min(0), rows)
         self.kept_count.mul_(gamma).add_(pseudo.kept_histogram)
         labelled = labelled_counts.to(self.text.dtype) * self.seen
         along = (self.visual * self.text).sum(-1)
@@ -182,9 +242,15 @@ class PrototypeState(nn.Module):
         # Without a class mean the text has no length yet.
         self.textual.copy_(torch.where(fitted.isfinite().all() & (gap != 0), fitted, self.textual))
 
+    def _known(self, label: Tensor) -> Tensor:
+        """Labels, -1 for those beyond the classes: on a GPU nothing has refused them."""
+        return torch.where(label < len(self.text), label, -1)
+
     @torch.no_grad()
     def normalize(self, finite: Tensor) -> None:
         """Unit textual prototypes, where the [] bool `finite` is True."""
+        _checks.mark("normalize", "finite", finite)
+        _checks.same_device("normalize", self.text, finite=finite)
         unit = F.normalize(self.textual, dim=-1)
         self.textual.copy_(torch.where(finite, unit, self.textual))
 
@@ -223,30 +289,19 @@ class PrototypeState(nn.Module):
 
         Raises:
             ValueError, TypeError: wrong shape, dtype, device, label or range. RuntimeError: the selected back end
-            cannot run.
+            cannot run. Nothing has changed then.
         """
-        op, (classes, dim), rows = "advance", self.text.shape, len(weak)
+        op, (classes, dim) = "advance", self.text.shape
+        self._check_posterior(op, weak, pseudo, labelled_counts, strength, unlabelled_mass)
         _checks.matrix(op, "features", features, columns=dim)
-        _checks.vector(op, "targets", targets, len(features), (torch.int64,))
-        _checks.matrix(op, "weak", weak, columns=dim)
-        _checks.vector(op, "label", pseudo.label, rows, (torch.int64,))
-        _checks.vector(op, "keep", pseudo.keep, rows, (torch.bool,))
+        _checks.labels(op, "targets", targets, len(features), classes)
+        _checks.mark(op, "finite", finite)
         if copies is not None:
-            _checks.vector(op, "copies", copies, rows, (torch.bool,))
-        counts = {
-            "histogram": pseudo.histogram,
-            "kept_histogram": pseudo.kept_histogram,
-            "labelled_counts": labelled_counts,
-        }
-        for name, count in counts.items():
-            _checks.vector(op, name, count, classes, (torch.int64,))
-        _checks.same_device(
-            op, self.text, features=features, targets=targets, weak=weak, label=pseudo.label, keep=pseudo.keep,
-            branch_scale=pseudo.branch_scale, copies=copies, finite=finite, **counts,
-        )  # fmt: skip
+            _checks.vector(op, "copies", copies, len(weak), (torch.bool,))
+        _checks.same_device(op, self.text, features=features, targets=targets, copies=copies, finite=finite)
         for name, share in (("mu", mu), ("beta", beta), ("gamma", gamma), ("scale_decay", scale_decay)):
             _checks.between(op, name, share, 0.0, 1.0)
-        _checks.positive(op, "strength", strength)
+        _checks.flag(op, posterior=posterior, normalize=normalize)
         learns = mu > 0 or posterior
         if not learns:
             features, targets = features[:0], targets[:0]
@@ -258,17 +313,18 @@ class PrototypeState(nn.Module):
                 features.detach(), targets, weak.detach(), pseudo.label, pseudo.keep, copies, pseudo.histogram,
                 pseudo.kept_histogram, pseudo.branch_scale, labelled_counts, self.text, finite, self.textual,
                 self.visual, self.seen, self.distribution, self.kept_distribution, self.kept_sum,
-                self.kept_count, self.branch_scale, self.measured, *map(float, rates.values()), strength,
-                unlabelled_mass, posterior, normalize,
+                self.kept_count, self.branch_scale, self.measured, *map(float, rates.values()), float(strength),
+                float(unlabelled_mass), posterior, normalize,
             )  # fmt: skip
             return
 
         if normalize:
             self.normalize(finite)
         if copies is not None:
-            counted = (pseudo.label >= 0) & ~copies
+            label = self._known(pseudo.label)
+            counted = (label >= 0) & ~copies
             histogram = torch.zeros_like(pseudo.histogram)
-            histogram.index_add_(0, pseudo.label.clamp_min(0), counted.to(histogram.dtype))
+            histogram.index_add_(0, label.clamp_min(0), counted.to(histogram.dtype))
             pseudo = pseudo._replace(histogram=histogram)
         # Without a label no prototype moves, without a count no distribution does, without a scale none is measured.
         pseudo = pseudo._replace(
@@ -279,11 +335,11 @@ class PrototypeState(nn.Module):
         )
         self.update(features, torch.where(finite, targets, -1), pseudo, **rates)
         if posterior:
-            self.refit(
+            self._refit(
                 weak,
                 pseudo,
                 labelled_counts * finite,
-                strength=strength,
-                unlabelled_mass=unlabelled_mass,
-                gamma=torch.where(finite, gamma, 1.0),
+                strength,
+                unlabelled_mass,
+                torch.where(finite, gamma, 1.0),
             )

@@ -44,7 +44,8 @@ struct PseudoLabel {
   float* branch_scale;                          // [2]
   float* scratch;
   int64_t b, c, d;
-  float eta, align, linear_scale, proto_scale, temperature;
+  double eta;
+  float align, linear_scale, proto_scale, temperature;
   bool normalize_linear;
   int64_t scale_rows;  // <= B
   int threads;
@@ -63,7 +64,8 @@ struct DualCrossEntropy {
   float *d_features, *d_linear;  // [B, D], [C, D]; either may be null
   float* scratch;
   int64_t b, c, d;
-  float eta, align, linear_scale, proto_scale;
+  double eta;
+  float align, linear_scale, proto_scale;
   bool fused, normalize_linear;
   int threads;
   const PackedBank* bank;  // the packed fold if it is there already, or null
@@ -89,7 +91,8 @@ struct ProtoFit {
   float* distribution;      // [C], read and written
   float* scratch;
   int64_t b, c, d;
-  float mu, beta, gamma;
+  float mu;
+  double beta, gamma;
   int threads;
 };
 

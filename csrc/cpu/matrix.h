@@ -2,8 +2,8 @@
 //
 // B is packed into panels of kPanel columns, row k of a panel contiguous, the last panel padded with zeros to
 // whole vectors: panel j starts at packed + depth * j * kPanel. A is read one scalar at a time, in place or
-// from columns that were gathered. Each element of C is summed over k in ascending order in one accumulator,
-// so its bits depend neither on tiling nor on threads.
+// from columns that were gathered. Each element of C is summed over k in ascending order, in blocks whose
+// sums are added, so its bits depend neither on tiling nor on threads.
 #pragma once
 
 #include "simd.h"
@@ -14,8 +14,9 @@ namespace ulfine::ULFINE_ISA {
 constexpr int64_t kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kWidth;
 constexpr int64_t kRows = kWidth == 16 ? 12 : 6;
-// Steps over k between two passes over the tiles: a tile's share of A then stays in the first-level cache.
-constexpr int64_t kDepth = 512;
+// Steps over k between two passes over the tiles: a tile's share of A then stays in the first-level cache,
+// and the error of a long sum grows with the number of blocks, not of products.
+constexpr int64_t kDepth = 128;
 // Steps over k that a panel is fetched ahead.
 constexpr int64_t kAhead = 16;
 
@@ -35,9 +36,6 @@ static void tile(Operand a, const float* panel, int64_t width, int64_t depth, fl
   Vec acc[M][V];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = Vec{};
-  if (accumulate)
-    for (int i = 0; i < M; ++i)
-      for (int v = 0; v < V; ++v) acc[i][v] = load(c + i * ldc + v * kWidth);
   // An address takes once and twice the stride for free: a pointer for every third row saves registers.
   constexpr int kGroups = (M + 2) / 3;
   const float* row[kGroups];
@@ -56,6 +54,9 @@ static void tile(Operand a, const float* panel, int64_t width, int64_t depth, fl
     }
     for (int g = 0; g < kGroups; ++g) row[g] += a.step;
   }
+  if (accumulate)
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < V; ++v) acc[i][v] += load(c + i * ldc + v * kWidth);
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < V; ++v) store(c + i * ldc + v * kWidth, acc[i][v]);
 }

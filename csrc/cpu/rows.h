@@ -89,9 +89,10 @@ static inline float cross_entropy_row(float* z, const float* shift, int64_t targ
                                       int64_t n_padded) {
   const float z_target = z[target] + shift[target];
   const Softmax softmax = exponentiate(z, shift, n_padded);
-  scale_row(z, weight / softmax.total, n_padded);
+  const float total = softmax_total(softmax.top, softmax.total);
+  scale_row(z, weight / total, n_padded);
   z[target] -= weight;
-  return row_loss(softmax.top, softmax.total, z_target, weight);
+  return row_loss(softmax.top, total, z_target, weight);
 }
 
 // Lowest index of the largest logit and its share of the softmax.

@@ -31,11 +31,13 @@ struct UnitRows {
   Operand bank;                      // [2C, D] or null: unit rows of linear, if it is there, then prototypes
   float* bank_inverse;               // [2C]
   Operand fold;                      // [C, D] or null: the bank whose logits are the fused ones
+  float* fold_unit;                  // [] or null: what the fold is divided by, that float16 holds it
   float* text;                       // [C, D] or null: unit rows of the prototypes once more
   const float* align;                // [] of the fold
   int64_t *histogram, *kept_histogram;  // [C] or null: set to zero
   int64_t u, b, c, d;
-  float eta, linear_scale, proto_scale;
+  double eta;
+  float linear_scale, proto_scale;
   bool normalize_linear;
 };
 
@@ -48,6 +50,7 @@ struct UnitGradient {
   const float* inverse;  // [count]
   const bool* used;      // [count] or null; a row that is not used gets exactly 0
   int64_t count;
+  const float* unit;  // [] or null: one more factor
   float factor;
   bool normalized;  // false: the rows were used as they are
 };
@@ -78,6 +81,7 @@ const char* finish(const Finish&, void* stream);
 // Weak rows. Their fused logits are there, or come from the cosines with both banks.
 struct WeakRows {
   const float* fused;                   // [U, C] or null
+  const float* fold_unit;               // [] or null: a factor on them
   const float* cosines;                 // [scale_rows, 2C], or [U, 2C] where `fused` is null
   const float* threshold;               // [1] or [C]
   int64_t thresholds;                   // 1 or C
@@ -89,14 +93,16 @@ struct WeakRows {
   int64_t *histogram, *kept_histogram;  // [C], zeros before
   float* spread;                        // [scale_rows, 2] standard deviations over classes of both branches
   int64_t u, c, scale_rows;
-  float eta, linear_scale, proto_scale, temperature;
+  double eta;
+  float linear_scale, proto_scale, temperature;
 };
 
 const char* pseudo_label(const WeakRows&, void* stream);
 
 // Rows of the loss. Logits are fused, or cosines with both banks.
 struct LossRows {
-  float* z;      // [B, C] fused logits, or [B, 2C] cosines
+  float* z;                // [B, C] fused logits, or [B, 2C] cosines
+  const float* fold_unit;  // [] or null: a factor on fused logits
   uint16_t* dz;  // their gradients times `on_gradient` as float16; null: as float32 in the place of z
   Operand x;     // [B, D] unit rows; those without a part in the loss become 0
   float* loss;   // [B]
@@ -139,7 +145,8 @@ struct ProtoFit {
   float* distribution;       // [C], read and written
   float *inverse, *largest;  // [B], []: working memory
   int64_t b, c, d;
-  float mu, beta, gamma;
+  float mu;
+  double beta, gamma;
 };
 
 const char* proto_fit(const ProtoFit&, void* stream);
@@ -169,7 +176,7 @@ struct StateUpdate {
   float *kept_distribution, *branch_scale;  // [C], [2], read and written
   bool* measured;                           // [], read and written
   int64_t u;
-  float scale_decay;
+  double scale_decay;
   bool normalize;  // the textual prototypes, first
 };
 

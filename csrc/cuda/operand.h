@@ -32,4 +32,7 @@ __device__ inline void put(const Operand& to, int64_t at, float x) {
     put(to.full + at, x);
 }
 
+// The number at an address that may be null.
+__device__ inline float factor_at(const float* address) { return address != nullptr ? *address : 1.0f; }
+
 }  // namespace ulfine::cuda

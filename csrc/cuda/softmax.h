@@ -51,8 +51,10 @@ template <int kTeam>
 __device__ inline int64_t predict(const WeakRows& a, int64_t i, bool* kept) {
   const Factors on = fused_factors(a.eta, *a.align, a.linear_scale, a.proto_scale);
   const float *z = a.fused + i * a.c, *cosines = a.cosines + i * 2 * a.c;
+  const float unit = factor_at(a.fold_unit);
   const Softmax s = softmax_over<kTeam>(a.c, 1.0f / a.temperature, [&](int64_t k) {
-    const float fused = a.fused != nullptr ? z[k] : on.linear * cosines[k] + on.proto * cosines[a.c + k];
+    const float fused =
+        a.fused != nullptr ? unit * z[k] : on.linear * cosines[k] + on.proto * cosines[a.c + k];
     return fused + shift_of(a.adjustment, k);
   });
   const Prediction p = prediction(s.top, s.label, s.total, a.c);
@@ -77,15 +79,16 @@ __device__ inline int64_t predict(const WeakRows& a, int64_t i, bool* kept) {
   return p.label;
 }
 
-// weight * CE(scale * z + shift) on the lane that has the target; dz, which may be z, becomes the gradient.
+// weight * CE(scale * z + shift) on the lane that has the target; dz, which may be z, becomes the gradient in
+// the logits times `slope`.
 template <int kTeam, class Number>
-__device__ inline float cross_entropy(const LossRows& a, const float* z, Number* dz, float scale,
+__device__ inline float cross_entropy(const LossRows& a, const float* z, Number* dz, float scale, float slope,
                                       const float* shift, int64_t target, float weight) {
   const auto logit = [=](int64_t k) { return scale * z[k] + shift_of(shift, k); };
   const bool own = lane<kTeam>() == target % kTeam;
   const float z_target = own ? logit(target) : 0.0f;
   const Softmax s = softmax_over<kTeam>(a.c, 1.0f, logit);
-  const float on = scale * weight * a.on_gradient;
+  const float on = slope * weight * a.on_gradient;
   if (a.on_gradient != 0.0f)
     for (int64_t k = lane<kTeam>(); k < a.c; k += kTeam)
       put(dz + k, expf(logit(k) - s.top) * (on / s.total) - (k == target ? on : 0.0f));
@@ -110,8 +113,9 @@ __device__ inline void loss_row(const LossRows& a, int64_t i, int64_t target, fl
   }
   float loss = 0.0f;
   for (int64_t branch = 0; branch < width; branch += a.c) {
-    const float scale = a.fused ? 1.0f : branch == 0 ? a.linear_scale : a.proto_scale;
-    loss += cross_entropy<kTeam>(a, z + branch, dz + branch, scale, shift, target, weight);
+    const float on_branch = branch == 0 ? a.linear_scale : a.proto_scale;
+    const float scale = a.fused ? factor_at(a.fold_unit) : on_branch, slope = a.fused ? 1.0f : on_branch;
+    loss += cross_entropy<kTeam>(a, z + branch, dz + branch, scale, slope, shift, target, weight);
   }
   if (lane<kTeam>() == target % kTeam) a.loss[i] = loss;
 }

@@ -21,17 +21,17 @@ __device__ void count_rows(const StateUpdate& a) {
   __syncthreads();
   using Count = unsigned long long;
   for (int64_t i = threadIdx.x; i < a.u; i += kBlock)
-    if (a.label[i] >= 0 && !a.copies[i])
+    if (a.label[i] >= 0 && a.label[i] < a.fit.c && !a.copies[i])
       atomicAdd(reinterpret_cast<Count*>(a.counted + a.label[i]), Count{1});
   __syncthreads();
 }
 
 __device__ void move_scales(const StateUpdate& a) {
-  const float *scale = a.measured_scale, share = 1.0f - a.scale_decay;
+  const float *scale = a.measured_scale, kept = static_cast<float>(a.scale_decay);
   if (scale[0] == 0.0f && scale[1] == 0.0f) return;
   for (int branch = 0; branch < 2; ++branch)
     a.branch_scale[branch] =
-        *a.measured ? a.scale_decay * a.branch_scale[branch] + share * scale[branch] : scale[branch];
+        *a.measured ? kept * a.branch_scale[branch] + rest_of(a.scale_decay) * scale[branch] : scale[branch];
   *a.measured = true;
 }
 
@@ -78,6 +78,7 @@ __device__ void divide_by_norm(float* row, int64_t d) {
 __device__ void add_kept_rows(const StateUpdate& a, int64_t k) {
   const Posterior& p = a.posterior;
   const int64_t d = a.fit.d;
+  const float gamma = static_cast<float>(a.fit.gamma);
   for (int64_t i = threadIdx.x / kWarp; i < a.u; i += kBlock / kWarp) {
     if (!a.keep[i] || a.label[i] != k) continue;
     const float* x = p.weak + i * d;
@@ -89,10 +90,9 @@ __device__ void add_kept_rows(const StateUpdate& a, int64_t k) {
     float total = 0.0f;
     for (int64_t i = 0; i < a.u; ++i)
       if (a.keep[i] && a.label[i] == k) total += p.weak[i * d + j] * p.inverse[i];
-    p.kept_sum[k * d + j] = a.fit.gamma * p.kept_sum[k * d + j] + total;
+    p.kept_sum[k * d + j] = gamma * p.kept_sum[k * d + j] + total;
   }
-  if (threadIdx.x == 0)
-    p.kept_count[k] = a.fit.gamma * p.kept_count[k] + static_cast<float>(a.kept_counts[k]);
+  if (threadIdx.x == 0) p.kept_count[k] = gamma * p.kept_count[k] + static_cast<float>(a.kept_counts[k]);
 }
 
 __global__ void __launch_bounds__(kBlock) classes_kernel(StateUpdate a) {

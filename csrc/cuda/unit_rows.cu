@@ -21,6 +21,15 @@ __device__ void unit_row(const UnitRows& a, const float* row, int64_t n) {
   for (int64_t i = lane<kWarp>(); i < a.d; i += kWarp) put(a.x, n * a.d + i, row[i] * own);
 }
 
+// Largest factor on unit rows whose fold float16 holds, rounded to a power of two.
+constexpr int kLargestExponent = 15;
+
+__device__ float unit_of_fold(const Factors& on) {
+  const float largest = fabsf(on.linear) + fabsf(on.proto);
+  const bool fits = largest <= static_cast<float>(1 << kLargestExponent) || !is_finite(largest);
+  return fits ? 1.0f : ldexpf(1.0f, ilogbf(largest) + 1 - kLargestExponent);
+}
+
 __device__ void bank_rows(const UnitRows& a, int64_t k) {
   const int64_t second = a.linear != nullptr ? a.c : 0;
   const float *w = a.linear + k * a.d, *t = a.prototypes + k * a.d;
@@ -39,7 +48,12 @@ __device__ void bank_rows(const UnitRows& a, int64_t k) {
   if (a.text != nullptr)
     for (int64_t i = lane<kWarp>(); i < a.d; i += kWarp) a.text[k * a.d + i] = t[i] * on_t;
   if (!is_there(a.fold)) return;
-  const Factors on = fused_factors(a.eta, *a.align, a.linear_scale, a.proto_scale);
+  Factors on = fused_factors(a.eta, *a.align, a.linear_scale, a.proto_scale);
+  if (a.fold_unit != nullptr) {
+    const float unit = unit_of_fold(on);
+    on = {on.linear / unit, on.proto / unit};
+    if (k == 0 && lane<kWarp>() == 0) *a.fold_unit = unit;
+  }
   for (int64_t i = lane<kWarp>(); i < a.d; i += kWarp)
     put(a.fold, k * a.d + i, on.linear * (w[i] * on_w) + on.proto * (t[i] * on_t));
 }
@@ -58,7 +72,7 @@ __device__ int64_t backward_row(const UnitGradient& a, int64_t row, int64_t d) {
   if (row < 0 || row >= count) return row - count;
   float* g = a.gradient + row * d;
   const float* x = a.rows + row * d;
-  const float inverse = a.normalized ? a.inverse[row] : 1.0f;
+  const float inverse = a.normalized ? a.inverse[row] : 1.0f, factor = a.factor * factor_at(a.unit);
   // A row without direction gets no gradient, whatever came back to it; an infinite one, whose inverse norm
   // is 0 as well, gets NaN.
   const bool empty =
@@ -68,7 +82,7 @@ __device__ int64_t backward_row(const UnitGradient& a, int64_t row, int64_t d) {
                            ? sum_over<kWarp, float>(d, [=](int64_t i) { return g[i] * (x[i] * inverse); })
                            : 0.0f;
   for (int64_t i = lane<kWarp>(); i < d; i += kWarp)
-    g[i] = used ? unit_backward(g[i], radial, x[i] * inverse, a.factor * inverse) : 0.0f;
+    g[i] = used ? unit_backward(g[i], radial, x[i] * inverse, factor * inverse) : 0.0f;
   return row - count;
 }
 

@@ -148,6 +148,15 @@ def test_no_less_accurate_over_thousands_of_classes(kernel, mode) -> None:
     assert_accurate(kernel, inputs(3, 2500, 2), loss_on=mode)
 
 
+@pytest.mark.parametrize(("b", "c", "d"), [(64, 8142, 512), (4096, 100, 512), (256, 1000, 512)])
+def test_long_sums_are_no_less_accurate_on_the_processor(b, c, d) -> None:
+    arguments = unweighted(b, c, d)
+    got, eager = (run(arguments, backend=name) for name in ("cpp", "reference"))
+    exact = run(widened(arguments), backend="reference")
+    for one in zip(got, eager, exact, strict=True):
+        assert_no_worse(*one)
+
+
 @given(
     b=st.integers(0, 300),
     c=st.integers(1, 70),
@@ -329,6 +338,49 @@ def test_a_shift_of_minus_infinity_removes_a_class(backend) -> None:
     assert not removed[2][9].any()
 
 
+def test_an_adjustment_of_a_row_without_part_is_not_used(backend) -> None:
+    arguments = inputs(6, 4, 5) | {"group": torch.tensor([0, 0, 1, 0, 1, 0])}
+    assert arguments["targets"][2] < 0 and arguments["weights"][4] == 0
+    shift = torch.zeros(2, 4)
+    shift[1] = -math.inf
+    for one, other in zip(
+        run(arguments, adjustment=shift, backend=backend),
+        run(arguments, adjustment=0 * shift[:1].repeat(2, 1), backend=backend),
+        strict=True,
+    ):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_without_a_class_is_not_a_number(backend, mode) -> None:
+    arguments = unweighted(3, 10, 17) | {"group": torch.tensor([-1, 0, -1])}
+    loss, d_features, d_linear = run(
+        arguments, adjustment=torch.full((10,), -math.inf), loss_on=mode, backend=backend
+    )
+    assert loss.isnan() and d_linear.isnan().all()
+    assert d_features.isnan().all(-1).tolist() == [False, True, False]
+
+
+def test_eta_near_one_leaves_its_share_to_the_prototypes(backend) -> None:
+    arguments = unweighted(37, 10, 17)
+    options = {"loss_on": "fused", "eta": 0.999999, "proto_scale": 2e6, "linear_scale": 1e-3}
+    got = run(arguments, backend=backend, **options)
+    exact = run(widened(arguments), backend="reference", **options)
+    for one, other in zip(got, exact, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("norm", [1e-5, 1e15, 1e18])
+def test_the_gradient_of_a_row_of_any_norm_is_tangent(backend, norm) -> None:
+    arguments = unweighted(5, 10, 17)
+    direction = torch.nn.functional.normalize(arguments["features"], dim=-1)
+    _, expected, _ = run(arguments | {"features": direction}, backend=backend)
+    _, d_features, _ = run(arguments | {"features": norm * direction}, backend=backend)
+    torch.testing.assert_close(
+        norm * d_features, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+    )
+
+
 def test_a_shift_of_minus_infinity_removes_thousands_of_classes(backend) -> None:
     # More classes than a kernel takes at a time.
     arguments = unweighted(3, 2100, 2)
@@ -409,6 +461,13 @@ def test_a_zero_feature_is_equally_likely_everywhere_and_gets_no_gradient(backen
     loss, d_features, d_linear = run(arguments, loss_on=mode, backend=backend)
     assert loss.item() == pytest.approx((1 + (mode == "branches")) * math.log(10), rel=1e-6)
     assert not d_features.any() and not d_linear.any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_without_dimensions_are_equally_likely_everywhere(backend, mode) -> None:
+    loss, d_features, d_linear = run(unweighted(2, 3, 0), loss_on=mode, backend=backend)
+    assert loss.item() == pytest.approx((1 + (mode == "branches")) * math.log(3), rel=1e-6)
+    assert (d_features.shape, d_linear.shape) == ((2, 0), (3, 0))
 
 
 def test_a_zero_row_of_a_cosine_probe_gets_no_gradient(backend) -> None:
@@ -524,9 +583,9 @@ def test_a_kernel_refuses_a_second_derivative(kernel) -> None:
     arguments = inputs(5, 10, 17)
     arguments["features"].requires_grad_()
     loss = dual_cross_entropy(**arguments, backend=kernel)
-    (first,) = torch.autograd.grad(loss.square(), arguments["features"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    (first,) = torch.autograd.grad(loss, arguments["features"], create_graph=True)
+    with pytest.raises(RuntimeError, match="dual_cross_entropy: kernels have no second derivative"):
+        torch.autograd.grad(loss + first.square().sum(), arguments["features"])
 
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
@@ -683,6 +742,13 @@ GOOD = {
             ValueError,
             r"group must be \[2\]",
         ),
+        ({"weights": [1.0, 1.0]}, TypeError, "weights must be a tensor, got list"),
+        ({"adjustment": [0.0] * 4}, TypeError, "adjustment must be a tensor, got list"),
+        ({"align": 2**70 * 10**30}, ValueError, "align must be finite in float32, got "),
+        ({"align": torch.ones((), dtype=torch.complex64)}, TypeError, "align must be .*got complex64"),
+        ({"eta": 0.5j}, TypeError, "eta must be a number, got complex"),
+        ({"linear_scale": "25"}, TypeError, "linear_scale must be a number, got str"),
+        ({"normalize_linear": "no"}, TypeError, "normalize_linear must be True or False, got str"),
         ({"align": torch.ones(2)}, ValueError, r"align must be a number or a scalar tensor, got \[2\]"),
         ({"eta": 1.1}, ValueError, r"eta must be in \[0, 1\], got 1.1"),
         ({"eta": math.nan}, ValueError, r"eta must be in \[0, 1\], got nan"),

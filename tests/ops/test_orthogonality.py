@@ -178,10 +178,16 @@ def test_gradient_is_orthogonal_to_the_prototype(backend) -> None:
 # Degenerate cases
 
 
+@pytest.mark.parametrize("factor", [1.0, math.nan])
 @pytest.mark.parametrize("d", [1, 17])
-def test_one_class_has_value_and_gradient_zero(backend, d) -> None:
-    value, gradient = run(inputs(1, d), backend=backend)
+def test_one_class_has_value_and_gradient_zero(backend, d, factor) -> None:
+    value, gradient = run(factor * inputs(1, d), backend=backend)
     assert value.item() == 0.0 and not gradient.any()
+
+
+def test_rows_without_dimensions_have_value_zero(backend) -> None:
+    value, gradient = run(torch.zeros(3, 0), backend=backend)
+    assert value.item() == 0.0 and gradient.shape == (3, 0)
 
 
 @pytest.mark.parametrize(("c", "d"), [(5, 9), (9, 5)])
@@ -227,9 +233,21 @@ def test_two_backward_calls_add_up(backend) -> None:
 
 def test_a_kernel_refuses_a_second_derivative(kernel) -> None:
     leaf = inputs(10, 17).requires_grad_()
-    (first,) = torch.autograd.grad(orthogonality(leaf, backend=kernel).square(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    value = orthogonality(leaf, backend=kernel)
+    (first,) = torch.autograd.grad(value, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="orthogonality: kernels have no second derivative"):
+        torch.autograd.grad(value + first.square().sum(), leaf)
+
+
+def test_the_reference_has_a_second_derivative() -> None:
+    leaf = inputs(4, 3).double().requires_grad_()
+    assert torch.autograd.gradgradcheck(orthogonality_reference, leaf)
+
+
+@pytest.mark.parametrize(("c", "d"), [(7, 48), (100, 512), (300, 48)])
+def test_value_is_at_most_one(backend, c, d) -> None:
+    row = torch.randn(1, d, generator=seeded(c, d))
+    assert 1 - 1e-5 < orthogonality(row.repeat(c, 1), backend=backend).item() <= 1
 
 
 def test_no_gradient_without_a_leaf(backend) -> None:

@@ -280,6 +280,32 @@ def test_a_histogram_of_counts_and_of_shares_are_the_same(backend) -> None:
 # Degenerate cases
 
 
+def test_a_histogram_of_tiny_shares_is_that_of_its_ratios(backend) -> None:
+    arguments = inputs(5, 2, 3) | {"histogram": torch.tensor([1e-35, 3e-35]), "distribution": torch.zeros(2)}
+    got = proto_fit(**arguments, **RATES | {"gamma": 0.0}, backend=backend)
+    torch.testing.assert_close(got.distribution, torch.tensor([0.25, 0.75]))
+
+
+def test_a_tiny_distribution_takes_its_whole_step(backend) -> None:
+    arguments = inputs(13, 6, 5)
+    arguments["histogram"] = torch.zeros(6)
+    tiny = arguments | {"distribution": 1e-33 * arguments["distribution"]}
+    got, expected = (proto_fit(**a, **RATES, backend=backend).textual for a in (tiny, arguments))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("rate", [0.9999, 0.999999])
+def test_a_rate_near_one_leaves_its_share_to_what_is_new(backend, rate) -> None:
+    arguments = inputs(13, 6, 5)
+    arguments |= {name: 0 * arguments[name] for name in ("distribution", "visual")}
+    arguments["seen"] = torch.ones(6, dtype=torch.bool)
+    rates = RATES | {"beta": rate, "gamma": rate}
+    got = proto_fit(**arguments, **rates, backend=backend)
+    exact = proto_fit_reference(*widened(arguments).values(), *rates.values())
+    for one, other in ((got.distribution, exact.distribution), (got.visual, exact.visual)):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
 def test_an_empty_histogram_leaves_the_distribution_bit_by_bit(backend) -> None:
     arguments = inputs(37, 10, 17) | {"histogram": torch.zeros(10).long()}
     got = proto_fit(**arguments, **RATES, backend=backend)
@@ -571,6 +597,7 @@ GOOD = {
             ValueError,
             "targets must be on cpu.*meta",
         ),
+        ({"mu": torch.tensor(0.5)}, TypeError, "mu must be a number, got Tensor"),
         ({"mu": 1.5}, ValueError, r"mu must be in \[0, 1\], got 1.5"),
         ({"beta": -0.5}, ValueError, r"beta must be in \[0, 1\], got -0.5"),
         ({"gamma": math.nan}, ValueError, r"gamma must be in \[0, 1\], got nan"),

@@ -408,6 +408,11 @@ def test_a_zero_feature_is_equally_likely_everywhere(backend) -> None:
     torch.testing.assert_close(got.confidence[2], torch.tensor(0.1))
 
 
+def test_rows_without_dimensions_are_equally_likely_everywhere(backend) -> None:
+    found = pseudo_label(torch.zeros(2, 0), torch.zeros(4, 0), torch.zeros(4, 0), backend=backend)
+    assert found.confidence.tolist() == [0.25, 0.25] and not found.branch_scale.any()
+
+
 def test_a_zero_prototype_has_logit_zero(backend) -> None:
     # Cosines 0 and -1: the class without direction wins with 1 / (1 + exp(-25)).
     got = pseudo_label(
@@ -605,7 +610,11 @@ X, BANK = torch.ones(2, 3), torch.ones(4, 3)
             ValueError,
             "temperature must be a finite number above 0, got 0",
         ),
-        ((X, BANK, BANK), {"scale_rows": -1}, ValueError, "scale_rows must be None or at least 0, got -1"),
+        ((X, BANK, BANK, 0.7j), {}, TypeError, "threshold must be a number, got complex"),
+        ((X, BANK, BANK, torch.tensor(0.7j)), {}, TypeError, "threshold must be .*got complex64"),
+        ((X, BANK, BANK), {"adjustment": [0.0] * 4}, TypeError, "adjustment must be a tensor, got list"),
+        ((X, BANK, BANK), {"scale_rows": 1.5}, TypeError, "scale_rows must be a whole number, got float"),
+        ((X, BANK, BANK), {"scale_rows": -1}, ValueError, "scale_rows must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments(arguments, options, error, message) -> None:
@@ -633,6 +642,18 @@ def test_a_row_of_minus_infinities_has_no_label(backend) -> None:
     assert not found.histogram.any()
 
 
+def test_a_row_that_may_be_no_class_still_measures_the_branches(backend) -> None:
+    arguments = inputs(5, 10, 17)
+    found = pseudo_label(*arguments, adjustment=torch.full((10,), -math.inf), backend=backend)
+    assert (found.label == -1).all() and not found.confidence.any() and not found.histogram.any()
+    assert_same_bits(found.branch_scale, pseudo_label(*arguments, backend=backend).branch_scale)
+
+
+def test_a_large_whole_number_is_an_align(backend) -> None:
+    found = [pseudo_label(*inputs(5, 10, 17), align=a, backend=backend) for a in (2**70, 2.0**70)]
+    assert_same_bits(found[0].label, found[1].label)
+
+
 def test_align_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(ValueError, match="pseudo_label: align must be finite, got nan"):
+    with pytest.raises(ValueError, match="pseudo_label: align must be finite in float32, got nan"):
         pseudo_label(torch.ones(2, 1), torch.ones(3, 1), torch.ones(3, 1), align=float("nan"))

@@ -1,4 +1,4 @@
-"""Backward of ops whose forward pass already computed the gradients.
+"""Backward of the kernels: once, and from gradients that the forward pass may already have computed.
 
 Autograd takes a gradient over without a copy when nothing else holds it, so the first backward pass hands the
 buffers out and forgets them. A second one through a retained graph computes them again.
@@ -7,6 +7,7 @@ buffers out and forgets them. A second one through a retained graph computes the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -36,3 +37,42 @@ def hand_over(
     if grad.device.type != "cpu" or grad.item() != 1.0:
         torch._foreach_mul_(gradients, grad)
     return gradients
+
+
+class _Final(torch.autograd.Function):
+    """The first `count` tensors as they are; a derivative of them in any of the tensors raises."""
+
+    @staticmethod
+    def forward(ctx, op, count, *tensors):
+        ctx.op = op
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{ctx.op}: kernels have no second derivative; use backend='reference', which has every one"
+        )
+
+
+def once(op: str) -> Callable:
+    """Decorator of the `backward` of `op`: its gradients refuse to be differentiated again.
+
+    Torch's own `once_differentiable` refuses only where the incoming gradient requires one, so that a penalty on a
+    gradient would be left out in silence.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @wraps(backward)
+        def run(ctx, *grads):
+            with torch.no_grad():
+                gradients = backward(ctx, *grads)
+            # A compiled backward pass refuses by itself.
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return gradients
+            given = [gradient for gradient in gradients if gradient is not None]
+            final = iter(_Final.apply(op, len(given), *given, *ctx.saved_tensors, *grads))
+            return tuple(None if gradient is None else next(final) for gradient in gradients)
+
+        return run
+
+    return decorate

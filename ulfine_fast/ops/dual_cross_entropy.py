@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._handover import hand_over, keep
+from ulfine_fast.ops._handover import hand_over, keep, once
 from ulfine_fast.ops._rows import without_autocast, working_dtype
 from ulfine_fast.ops.pseudo_label import dual_logits_reference, fuse_logits_reference, scalar
 
@@ -51,7 +51,8 @@ def dual_cross_entropy_reference(
     shift = zl.new_zeros(())
     if adjustment is not None:
         rows = torch.zeros_like(targets) if group is None else group
-        known = (rows >= 0) & (rows < adjustment.shape[0])
+        # Nor does its adjustment, whose infinity would meet a weight of 0.
+        known = used & (rows >= 0) & (rows < adjustment.shape[0])
         shift = torch.where(known[:, None], adjustment.to(zl.dtype)[torch.where(known, rows, 0)], 0.0)
     branches = (fuse_logits_reference(zl, zt, eta, align),) if fused else (zl, zt)
     target = torch.where(used, targets, 0)
@@ -120,7 +121,7 @@ class _DualCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("dual_cross_entropy")
     def backward(ctx, grad):
         def again(tensors):
             return torch.ops.ulfine._dual_cross_entropy.default(*tensors, *options)[1:]
@@ -155,8 +156,8 @@ def dual_cross_entropy(
     """Weighted sum of the cross-entropies of B rows, differentiable in `features` and `linear`.
 
     Rows of weight 0 and rows with a negative target take no part, so pass strong views with
-    `weights = keep / B_u`. The kernels compute the gradients along with the loss: a second derivative is not
-    available there. The cpp back end holds logits of a chunk of rows at a time, and none of rows without part.
+    `weights = keep / B_u`. The kernels compute the gradients along with the loss: a second derivative raises
+    RuntimeError there. The cpp back end holds logits of a chunk of rows at a time, and none of rows without part.
 
     Args:
         features: [B, D] float, any norm up to 1e18, B may be 0 (the loss is then 0).
@@ -175,7 +176,8 @@ def dual_cross_entropy(
         backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
-        Scalar loss in nats, float32 (float64 if features or a bank is). NaN if a row that counts is not finite.
+        Scalar loss in nats, float32 (float64 if features or a bank is). NaN if a row that counts is not finite, or if
+        its adjustment is minus infinity for all classes.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, label or range. RuntimeError: the named back end
@@ -184,7 +186,7 @@ def dual_cross_entropy(
     op = "dual_cross_entropy"
     _checks.matrix(op, "features", features)
     rows = features.shape[0]
-    _checks.bank(op, "linear", linear, features)
+    _checks.bank(op, "linear", linear, features.shape[1])
     classes = linear.shape[0]
     _checks.matrix(op, "prototypes", prototypes, classes, features.shape[1])
     if prototypes.requires_grad:
@@ -195,6 +197,7 @@ def dual_cross_entropy(
         weights = torch.full((rows,), 1.0 / max(rows, 1), dtype=dtype, device=features.device)
     _checks.vector(op, "weights", weights, rows, _checks.FLOATS)
     if adjustment is not None:
+        _checks.tensor(op, "adjustment", adjustment)
         adjustment = adjustment[None] if adjustment.ndim == 1 else adjustment
         _checks.matrix(op, "adjustment", adjustment, columns=classes)
         if adjustment.shape[0] == 0:
@@ -216,6 +219,7 @@ def dual_cross_entropy(
         align=align,
     )
     _checks.branches(op, eta, linear_scale=linear_scale, proto_scale=proto_scale)
+    _checks.flag(op, normalize_linear=normalize_linear)
     weights = weights.detach()
     options = (
         weights,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
-from ulfine_fast.ops._handover import hand_over, keep
+from ulfine_fast.ops._handover import hand_over, keep, once
 from ulfine_fast.ops._rows import unit_rows, without_autocast, working_dtype
 
 
@@ -25,7 +25,8 @@ def orthogonality_reference(prototypes: Tensor) -> Tensor:
     classes, dim = prototypes.shape
     dtype = working_dtype(prototypes)
     if classes == 1:
-        return (unit_rows(prototypes, dtype) * 0.0).sum()
+        # The sum over nothing, whatever the row holds, in its graph.
+        return prototypes[:, :0].to(dtype).sum()
     unit = unit_rows(prototypes, dtype)
     if classes <= dim:
         diagonal = torch.eye(classes, dtype=torch.bool, device=unit.device)
@@ -33,7 +34,9 @@ def orthogonality_reference(prototypes: Tensor) -> Tensor:
     else:
         # The same sum from the D x D side, C / D times cheaper.
         total = (unit.T @ unit).square().sum() - unit.square().sum(-1).square().sum()
-    return total.clamp_min(0.0) / (classes * (classes - 1))
+    mean = total / (classes * (classes - 1))
+    # Rounding may leave the range of a mean of squared cosines; its gradient stays.
+    return mean + (mean.clamp(0.0, 1.0) - mean).detach()
 
 
 torch.library.define("ulfine::_orthogonality", "(Tensor prototypes, str backend) -> (Tensor, Tensor)")
@@ -62,7 +65,7 @@ class _Orthogonality(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("orthogonality")
     def backward(ctx, grad):
         def again(tensors):
             return torch.ops.ulfine._orthogonality.default(*tensors, ctx.backend)[1:]
@@ -80,14 +83,13 @@ def orthogonality(prototypes: Tensor, *, backend: str | None = None) -> Tensor:
 
     Returns:
         Scalar in [0, 1], float32 (float64 for float64 input). Work and memory are those of a C x C or of a
-        D x D product, whichever is smaller; the kernel sums in float64. There is no second derivative on the kernel.
+        D x D product, whichever is smaller; the kernel sums in float64. A second
+        derivative raises RuntimeError on a kernel.
 
     Raises:
         ValueError, TypeError: wrong shape or dtype. RuntimeError: the named back end cannot run.
     """
-    _checks.matrix("orthogonality", "prototypes", prototypes)
-    if prototypes.shape[0] == 0:
-        raise ValueError("orthogonality: prototypes must have at least one class, got [0, D]")
+    _checks.bank("orthogonality", "prototypes", prototypes)
     chosen = choose("orthogonality", prototypes, len(prototypes), working_dtype(prototypes), backend)
     if chosen == "reference":
         return orthogonality_reference(prototypes)

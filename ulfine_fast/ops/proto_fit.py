@@ -55,7 +55,7 @@ def proto_fit_reference(
         classes = textual.shape[0]
         mass = histogram.to(dtype)
         total = mass.sum()
-        share = gamma * distribution + (1.0 - gamma) * mass / total.clamp_min(1e-30)
+        share = gamma * distribution + (1.0 - gamma) * mass / torch.where(total > 0, total, 1.0)
         share = torch.where(total > 0, share, distribution.to(dtype))
 
         used = (targets >= 0) & (targets < classes)
@@ -70,7 +70,7 @@ def proto_fit_reference(
         running = torch.where(present[:, None], running, visual.to(dtype))
 
         largest = share.max()
-        alpha = torch.where(largest > 0, mu * share / largest.clamp_min(1e-30), 0.0)[:, None]
+        alpha = torch.where(largest > 0, mu * share / torch.where(largest > 0, largest, 1.0), 0.0)[:, None]
         blend = (1.0 - alpha) * unit_rows(textual, dtype) + alpha * unit_rows(running, dtype)
         norm = blend.norm(dim=-1, keepdim=True)
         has_mean = running.square().sum(-1, keepdim=True) > ZERO_NORM_SQUARED
@@ -195,17 +195,15 @@ def proto_fit_(
 def _check(features, targets, histogram, textual, visual, seen, distribution, mu, beta, gamma):
     op = "proto_fit"
     _checks.matrix(op, "features", features)
-    _checks.bank(op, "textual", textual, features)
+    _checks.bank(op, "textual", textual, features.shape[1])
     classes, dim = textual.shape
     _checks.labels(op, "targets", targets, features.shape[0], classes)
     _checks.vector(op, "histogram", histogram, classes, (torch.int64, torch.float32))
-    if textual.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: textual must be float32 or float64, got {str(textual.dtype)[6:]}")
+    _checks.of_dtype(op, "textual", textual, (torch.float32, torch.float64))
     _checks.matrix(op, "visual", visual, classes, dim)
     _checks.vector(op, "seen", seen, classes, (torch.bool,))
     _checks.vector(op, "distribution", distribution, classes, (textual.dtype,))
-    if visual.dtype != textual.dtype:
-        raise TypeError(f"{op}: visual must be {str(textual.dtype)[6:]}, got {str(visual.dtype)[6:]}")
+    _checks.of_dtype(op, "visual", visual, (textual.dtype,))
     _checks.same_device(
         op,
         features,

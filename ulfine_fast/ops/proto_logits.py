@@ -13,6 +13,7 @@ from torch import Tensor
 from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import choose
 from ulfine_fast.ops import _checks
+from ulfine_fast.ops._handover import once
 from ulfine_fast.ops._rows import unit_rows, without_autocast, working_dtype
 
 
@@ -78,7 +79,7 @@ class _ProtoLogits(torch.autograd.Function):
         return torch.ops.ulfine._proto_logits.default(features, prototypes, scale, backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("proto_logits")
     def backward(ctx, grad):
         features, prototypes = ctx.saved_tensors
         need_features, need_prototypes = ctx.needs_input_grad[:2]
@@ -96,7 +97,7 @@ class _ProtoLogits(torch.autograd.Function):
 def proto_logits(
     features: Tensor, prototypes: Tensor, scale: float = 25.0, *, backend: str | None = None
 ) -> Tensor:
-    """`scale * cosine(features, prototypes)`, differentiable in both.
+    """`scale * cosine(features, prototypes)`, differentiable in both; a second derivative raises on a kernel.
 
     Args:
         features: [B, D] float32, bfloat16, float16 or float64; any norm up to 1e18, B may be 0.
@@ -114,7 +115,7 @@ def proto_logits(
         run.
     """
     _checks.matrix("proto_logits", "features", features)
-    _checks.bank("proto_logits", "prototypes", prototypes, features)
+    _checks.bank("proto_logits", "prototypes", prototypes, features.shape[1])
     _checks.same_device("proto_logits", features, prototypes=prototypes)
     _checks.positive("proto_logits", "scale", scale)
     chosen = choose("proto_logits", features, len(prototypes), working_dtype(features, prototypes), backend)

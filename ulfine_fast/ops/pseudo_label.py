@@ -181,8 +181,9 @@ def pseudo_label(
         backend: None (the selected one), "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
-        PseudoLabels. A row whose confidence is not finite (a NaN, or an infinite feature) gets label -1,
-        confidence 0, keep False, and is in no histogram and no scale.
+        PseudoLabels. A row whose confidence is not finite (a NaN, an infinite feature, an adjustment that excludes all
+        classes) gets label -1, confidence 0, keep False, and is in no histogram. A row whose logits in a branch
+        are not finite is in no scale: that is of the branches alone, before fusion and adjustment.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or range. RuntimeError: the named back end cannot
@@ -190,7 +191,7 @@ def pseudo_label(
     """
     op = "pseudo_label"
     _checks.matrix(op, "features", features)
-    _checks.bank(op, "linear", linear, features)
+    _checks.bank(op, "linear", linear, features.shape[1])
     classes = linear.shape[0]
     _checks.matrix(op, "prototypes", prototypes, classes, features.shape[1])
     dtype = working_dtype(features, linear, prototypes)
@@ -208,6 +209,7 @@ def pseudo_label(
         adjustment=adjustment,
     )
     _checks.branches(op, eta, linear_scale=linear_scale, proto_scale=proto_scale, temperature=temperature)
+    _checks.flag(op, normalize_linear=normalize_linear)
     arguments = (
         features,
         linear,
@@ -235,11 +237,14 @@ def pseudo_label(
 def scalar(op: str, name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` as a scalar tensor beside `like`: device scalars stay on the device, so nothing waits."""
     if not isinstance(value, Tensor):
-        if not abs(value) < float("inf"):
-            raise ValueError(f"{op}: {name} must be finite, got {value:g}")
-        return torch.full((), value, dtype=dtype, device=like.device)
+        _checks.number(op, name, value)
+        largest = torch.finfo(dtype).max
+        if not abs(value) <= largest:
+            raise ValueError(f"{op}: {name} must be finite in {str(dtype)[6:]}, got {value:g}")
+        return torch.full((), float(value), dtype=dtype, device=like.device)
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must be a number or a scalar tensor, got {list(value.shape)}")
+    _checks.of_dtype(op, name, value, _checks.FLOATS)
     return value.reshape(())
 
 
@@ -248,13 +253,15 @@ def limits(op: str, threshold: float | Tensor, classes: int, like: Tensor, dtype
     if isinstance(threshold, Tensor):
         if threshold.ndim:
             _checks.vector(op, "threshold", threshold, classes, _checks.FLOATS)
+        _checks.of_dtype(op, "threshold", threshold, _checks.FLOATS)
         return threshold.reshape(-1)
     _checks.between(op, "threshold", threshold, 0.0, 1.0)
-    return torch.full((1,), threshold, dtype=dtype, device=like.device)
+    return torch.full((1,), float(threshold), dtype=dtype, device=like.device)
 
 
 def measured_rows(op: str, scale_rows: int | None, rows: int) -> int:
     """How many of `rows` rows the branch scales are measured on."""
-    if scale_rows is not None and scale_rows < 0:
-        raise ValueError(f"{op}: scale_rows must be None or at least 0, got {scale_rows}")
-    return rows if scale_rows is None else min(scale_rows, rows)
+    if scale_rows is None:
+        return rows
+    _checks.whole(op, "scale_rows", scale_rows)
+    return min(int(scale_rows), rows)
