@@ -233,6 +233,13 @@ def test_evaluation_gives_the_metrics_of_the_run(images, clip, tmp_path, preset,
     assert metrics == outcome.metrics
 
 
+def test_a_run_from_random_weights_is_evaluated_with_them(images, tmp_path):
+    run = Run(images, Encoder(model="timm:test_vit", size=32), "lift", tuning="full", seed=5)
+    outcome = run(tmp_path)
+    torch.rand(1)
+    assert evaluate_run(tmp_path, run.configuration)[1] == outcome.metrics
+
+
 def test_mean_weights_are_what_is_evaluated(images, clip):
     plain, averaged = (Run(images, Encoder(model=clip), ema=ema)() for ema in (0.0, 0.9))
     assert plain.training.history[-1]["loss"] == averaged.training.history[-1]["loss"]

@@ -142,7 +142,7 @@ class Reader:
         return torch.cat(found), np.concatenate(readable)
 
 
-def _tower(encoder: Encoder, place: torch.device) -> Tower:
+def _tower(encoder: Encoder, place: torch.device, seed: int = 0) -> Tower:
     return load_tower(
         encoder.model,
         encoder.pretrained,
@@ -151,6 +151,7 @@ def _tower(encoder: Encoder, place: torch.device) -> Tower:
         compile=encoder.compile,
         gradient_checkpointing=encoder.gradient_checkpointing,
         device=place,
+        seed=seed,
     )
 
 
@@ -288,7 +289,7 @@ def run(
     place = torch.device(device, world.local_rank) if device == "cuda" else torch.device(device)
     workers = default_workers(world.on_machine) if workers is None else workers
     pipeline = build_pipeline(schedule.pipeline)
-    tower = _tower(encoder, place)
+    tower = _tower(encoder, place, schedule.seed)
     plain = partial(test_views, pipeline=pipeline, size=tower.size)
     reader = Reader(plain, tower.size, workers, place, progress=progress and world.leads)
     student = build_student(tower, data, encoder, method, schedule, reader)
@@ -428,7 +429,7 @@ def _load_run(
     if isinstance(method, DualConfig) and method.eta_folds:
         method = replace(method, eta=record["eta"], eta_folds=0)
     data = load_images(images)
-    tower = _tower(encoder, place)
+    tower = _tower(encoder, place, schedule.seed)
     # frozen weights are not in the checkpoint, and another list of classes may be as long
     for name, now in (("encoder", tower.fingerprint), ("data", data.identity)):
         if record[name] != now:
