@@ -1,3 +1,4 @@
+import json
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -292,6 +293,17 @@ def test_summary_of_a_report() -> None:
         "unreadable images: 4 empty file (a, b, c, ...), 1 truncated (e);"
         " converted images: 1 EXIF orientation (f), 1 mode CMYK (f)"
     )
+
+
+def test_reports_of_several_processes_are_joined() -> None:
+    report, other = ReadReport(), ReadReport()
+    for part, names in ((report, "ab"), (other, "bc")):
+        for name in names:
+            part.add_unreadable(name, "empty file")
+    other.add_converted("\udcff", ["mode CMYK"])
+    report.add(json.loads(json.dumps(other.record())))
+    assert report.unreadable() == {"empty file": 3}
+    assert report.names("mode CMYK") == ["\udcff"]
 
 
 def test_report_counts_from_many_threads() -> None:

@@ -15,7 +15,7 @@ import struct
 import threading
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -88,6 +88,21 @@ class ReadReport:
         with self._lock:
             for conversion in conversions:
                 self._converted.setdefault(conversion, set()).add(name)
+
+    def record(self) -> dict[str, dict[str, list[str]]]:
+        """All names by reason and by conversion, as JSON can write them."""
+        with self._lock:
+            return {
+                "unreadable": {reason: sorted(names) for reason, names in self._unreadable.items()},
+                "converted": {conversion: sorted(names) for conversion, names in self._converted.items()},
+            }
+
+    def add(self, record: Mapping[str, Mapping[str, Iterable[str]]]) -> None:
+        """Note everything in the `record` of another report."""
+        with self._lock:
+            for mine, theirs in ((self._unreadable, "unreadable"), (self._converted, "converted")):
+                for reason, names in record[theirs].items():
+                    mine.setdefault(reason, set()).update(names)
 
     def unreadable(self) -> dict[str, int]:
         """Number of unreadable images by reason."""
