@@ -511,8 +511,10 @@ def test_finetune_writes_everything_and_says_what_it_did(tmp_path, pictures):
     right = sum(row["ulfine_prediction_name"] == "red fox" for row in of_fox)
     assert right / len(of_fox) == metrics["metrics"]["fused"]["per_class"][names.index("red fox")]
 
-    call("evaluate", "runs/a")
+    result = call("evaluate", "runs/a")
     assert strict(run / "evaluation.json")["metrics"] == metrics["metrics"]
+    for said in (strict(run / "evaluation.json")["reading"], " ".join(result.output.split())):
+        assert "unreadable images: 2 not an image in JPEG" in said
     call("export", "runs/a", "head.safetensors")
     assert (tmp_path / "head.safetensors").stat().st_size > 0
 
@@ -797,6 +799,8 @@ def test_two_processes_train_as_one(tmp_path, pictures):
     one, two = (strict(tmp_path / f"runs/{name}/metrics.json") for name in ("one", "two"))
     assert two["metrics"]["fused"]["overall"] == one["metrics"]["fused"]["overall"]
     assert two["metrics"]["fused"]["per_class"] == one["metrics"]["fused"]["per_class"]
+    # each process met some of the images that cannot be read
+    assert two["reading"] == one["reading"] != ""
     first, second = (
         load_checkpoint(tmp_path / f"runs/{name}/checkpoint.safetensors")[0] for name in ("one", "two")
     )

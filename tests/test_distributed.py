@@ -9,7 +9,7 @@ from ulfine_fast.distributed import World, gather_rows, world
 SCRIPT = """
 import sys
 import torch
-from ulfine_fast.distributed import check_equal, gather_rows, largest, process_group, world
+from ulfine_fast.distributed import check_equal, gather_octets, gather_rows, largest, process_group, world
 
 here = world()
 with process_group(here, torch.device("cpu"), timeout=20):
@@ -28,7 +28,8 @@ with process_group(here, torch.device("cpu"), timeout=20):
         check_equal(f"00f{here.rank}", "weights", here, cpu)
     except RuntimeError as error:
         print(error)
-    print(largest(torch.tensor(1.0 - here.rank), here).item(), flush=True)
+    print(largest(torch.tensor(1.0 - here.rank), here).item())
+    print(gather_octets(b"first" if here.leads else b"", here, cpu), flush=True)
     if here.rank == 1:
         sys.exit(3)
     gather_rows([rows], here)
@@ -69,6 +70,7 @@ def test_rows_of_all_processes_come_back_in_the_order_of_the_batch(pair):
             f"{[False, False, True, True] * 3} True",
             "expected the same weights in all processes, got others in [1]",
             "1.0",
+            "[b'first', b'']",
         ], process.error
 
 

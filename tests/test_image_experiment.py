@@ -79,11 +79,11 @@ class Run:
     @property
     def reader(self):
         pipeline = build_pipeline(self.schedule.pipeline)
-        size = image_experiment._tower(self.encoder, CPU).size
+        size = image_experiment._tower(self.encoder, CPU, self.schedule.seed).size
         return Reader(partial(augment.test_views, pipeline=pipeline, size=size), size, 0, CPU)
 
     def start(self):
-        tower = image_experiment._tower(self.encoder, CPU)
+        tower = image_experiment._tower(self.encoder, CPU, self.schedule.seed)
         data = load_images(self.images)
         return build_student(tower, data, self.encoder, self.method, self.schedule, self.reader)
 
@@ -195,7 +195,7 @@ def test_zero_shot_predicts_from_the_text(images, clip, tmp_path):
     expected = (rows @ tower.text_prototypes(data.class_names).T).argmax(1)
     assert torch.equal(outcome.predictions["fused"].label, expected)
     assert (outcome.training.steps, outcome.training.history) == (0, [])
-    steps, metrics = evaluate_run(tmp_path / "run", run.configuration)
+    steps, metrics, _ = evaluate_run(tmp_path / "run", run.configuration)
     assert (steps, metrics) == (0, outcome.metrics)
 
 
@@ -228,9 +228,17 @@ def test_five_crops_are_the_mean_of_logits(images, clip, preset):
 def test_evaluation_gives_the_metrics_of_the_run(images, clip, tmp_path, preset, ema):
     run = Run(images, Encoder(model=clip), preset, ema=ema)
     outcome = run(tmp_path)
-    steps, metrics = evaluate_run(tmp_path, run.configuration)
+    steps, metrics, reading = evaluate_run(tmp_path, run.configuration)
     assert steps == STEPS
     assert metrics == outcome.metrics
+    assert reading.startswith("unreadable images: 2 not an image in JPEG")
+
+
+def test_a_run_from_random_weights_is_evaluated_with_them(images, tmp_path):
+    run = Run(images, Encoder(model="timm:test_vit", size=32), "lift", tuning="full", seed=5)
+    outcome = run(tmp_path)
+    torch.rand(1)
+    assert evaluate_run(tmp_path, run.configuration)[1] == outcome.metrics
 
 
 def test_mean_weights_are_what_is_evaluated(images, clip):

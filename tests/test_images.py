@@ -1,6 +1,9 @@
+import errno
+import json
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from ulfine_fast.images import (
     ImageArray,
     ImageFiles,
     JoinedImages,
+    MachineError,
     ReadReport,
     UnreadableImage,
 )
@@ -98,7 +102,7 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(images.Image, "open", denied)
+    monkeypatch.setattr(images.os, "open", denied)
     assert refusal(tmp_path / "a.jpg") == "Permission denied"
 
 
@@ -109,7 +113,78 @@ def test_any_error_of_a_decoder_is_an_unreadable_image(
         raise IndexError
 
     monkeypatch.setattr(images.Image, "open", broken)
+    (tmp_path / "a.jpg").write_text("any")
     assert refusal(tmp_path / "a.jpg") == "IndexError"
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        assert refusal(tmp_path / f"{name}.jpg") == "not a regular file"
+
+
+def failing(times: int, error: Exception, work: Callable[..., object]) -> Callable[..., object]:
+    """`work`, of which the first `times` calls raise `error`."""
+    left = [times]
+
+    def run(*arguments: object, **options: object) -> object:
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return work(*arguments, **options)
+
+    return run
+
+
+MACHINE = [
+    ("os.open", OSError(number, os.strerror(number)))
+    for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+]
+
+
+@pytest.mark.parametrize(("place", "error"), [*MACHINE, ("PIL.Image.open", MemoryError())])
+def test_an_error_of_the_machine_is_no_damage(
+    place: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PICTURE.save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "_PAUSES", (0.0, 0.0))
+    work = os.open if place == "os.open" else Image.open
+    monkeypatch.setattr(place, failing(2, error, work))
+    assert np.array_equal(reading(tmp_path / "a.png")[0], PIXELS)
+    monkeypatch.setattr(place, failing(3, error, work))
+    files = ImageFiles([tmp_path / "a.png"])
+    cause = getattr(error, "strerror", None) or "no memory"
+    with pytest.raises(MachineError, match=f"a.png: expected to read it, got {cause} in 3 attempts"):
+        files.read(0)
+    assert files.report.unreadable() == {}
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_LARGE_PIXELS", 24 * 36 - 1)
+    PICTURE.save(tmp_path / "a.png")
+    inside, most, decode = [], [], images._upright
+
+    def watched(image: Image.Image) -> object:
+        inside.append(image)
+        most.append(len(inside))
+        try:
+            return decode(image)
+        finally:
+            inside.remove(image)
+
+    monkeypatch.setattr(images, "_upright", watched)
+    files = ImageFiles([tmp_path / "a.png"] * 40)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(files.read, range(40)))) == 40
+    assert max(most) == 1
+
+
+def test_too_many_bytes(tmp_path: Path) -> None:
+    with (tmp_path / "a.webp").open("wb") as file:
+        file.write(b"RIFF\xff\xff\xff\x7fWEBPVP8 ")
+        file.truncate(images.MAX_BYTES + 1)
+    assert refusal(tmp_path / "a.webp") == f"more than {images.MAX_BYTES} bytes"
 
 
 def test_too_many_pixels(tmp_path: Path) -> None:
@@ -308,6 +383,17 @@ def test_summary_of_a_report() -> None:
         "unreadable images: 4 empty file (a, b, c, ...), 1 truncated (e);"
         " converted images: 1 EXIF orientation (f), 1 mode CMYK (f)"
     )
+
+
+def test_reports_of_several_processes_are_joined() -> None:
+    report, other = ReadReport(), ReadReport()
+    for part, names in ((report, "ab"), (other, "bc")):
+        for name in names:
+            part.add_unreadable(name, "empty file")
+    other.add_converted("\udcff", ["mode CMYK"])
+    report.add(json.loads(json.dumps(other.record())))
+    assert report.unreadable() == {"empty file": 3}
+    assert report.names("mode CMYK") == ["\udcff"]
 
 
 def test_report_counts_from_many_threads() -> None:

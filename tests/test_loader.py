@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ulfine_fast import augment
 from ulfine_fast.augment import PIPELINES, sufficient_side, view
-from ulfine_fast.images import ImageFiles, UnreadableImage
+from ulfine_fast.images import ImageFiles, MachineError, UnreadableImage
 from ulfine_fast.loader import ViewLoader, Workers, ahead, default_workers, evaluation_batches
 
 PIPELINE = PIPELINES["finessl"]
@@ -167,6 +167,25 @@ def test_an_unexpected_error_names_the_image(workers) -> None:
             pending.result()
         # the threads live on
         assert len(views.submit("weak", UNLABELLED, step=0).result().rows) == 7
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_machine_ends_the_run_and_replaces_no_image(workers) -> None:
+    source = Source()
+
+    def fail(index, _at_least=None) -> Image.Image:
+        raise MachineError(f"images/{index}.jpg: got Stale file handle")
+
+    source.read = fail
+    with loader(source, workers=workers) as views:
+        for kind in ("weak", "strong"):
+            with pytest.raises(MachineError, match=r"^images/1.jpg: got Stale file handle$"):
+                views.submit(kind, UNLABELLED, step=0).result()
+    batches = evaluation_batches(
+        source, partial(augment.test_views, pipeline=PIPELINE, size=SIZE), batch_size=2, workers=workers
+    )
+    with pytest.raises(MachineError):
+        next(batches)
 
 
 def test_an_image_is_decoded_once_for_its_weak_and_strong_views() -> None:

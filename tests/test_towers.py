@@ -137,8 +137,7 @@ def test_lite_tower_is_lite_clip(variant):
 
 @torch.no_grad()
 def test_timm_tower_is_timms_model(images):
-    torch.manual_seed(3)
-    tower = load_tower(TIMM, size=SIZE)
+    tower = load_tower(TIMM, size=SIZE, seed=3)
     torch.manual_seed(3)
     model = timm.create_model("test_vit", num_classes=0).eval()
     model.set_input_size(img_size=SIZE)
@@ -157,6 +156,18 @@ def test_random_weights_are_told(caplog):
     assert "weights of timm:test_vit are random" in caplog.text
 
 
+@pytest.mark.parametrize("model", [TIMM, "named"])
+def test_random_weights_are_those_of_the_seed(model, request):
+    if model == "named":
+        model = request.getfixturevalue("named_clip")
+    before = torch.random.get_rng_state()
+    first = load_tower(model, seed=3).fingerprint
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(1)
+    assert load_tower(model, seed=3).fingerprint == first
+    assert load_tower(model, seed=4).fingerprint != first
+
+
 @pytest.mark.parametrize("model", ["clip", TIMM, "timm:test_resnet", "lite0"])
 def test_training_mode_is_evaluation_mode_and_rows_are_independent(model, clip_folder, images):
     if model == "clip":
@@ -168,9 +179,9 @@ def test_training_mode_is_evaluation_mode_and_rows_are_independent(model, clip_f
     assert not any(module.training for module in tower.modules())
     features = tower(images)
     assert torch.equal(features, expected)
-    # a sum over one row's features must not reach another row
+    # a sum over one row's features must not reach another row; of all features behind a norm it is constant
     pixels = normalised(images).requires_grad_()
-    tower.network(pixels)[1].sum().backward()
+    tower.network(pixels)[1, ::2].sum().backward()
     assert pixels.grad[1].abs().sum() > 0
     assert pixels.grad[[0, 2, 3, 4]].abs().sum() == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in tower.state_dict().items())
@@ -325,17 +336,59 @@ def test_checkpoint_file_of_a_named_architecture(named_clip, clip_folder, tmp_pa
 
 
 def test_checkpoints_that_do_not_fit_are_refused(named_clip, tmp_path):
-    names = ("other.safetensors", "text.safetensors", "code.pt", "empty.pt")
-    other, text, pickled, empty = (str(tmp_path / name) for name in names)
+    other, empty = (str(tmp_path / name) for name in ("other.safetensors", "empty.pt"))
     Path(empty).touch()
     save_file({"weight": torch.zeros(2)}, other)
-    Path(text).write_text("weights")
-    torch.save({"weight": Path(text)}, pickled)
-    for path in (other, text, pickled, empty):
+    for path in (other, empty):
         with pytest.raises(
             ValueError, match=f"load_tower: {path} must be a checkpoint of tiny-named, got: .+"
         ):
             load_tower(named_clip, path)
+
+
+@pytest.mark.parametrize("layout", ["visual.{}", "module.{}", "{}"])
+@torch.no_grad()
+def test_a_file_of_the_image_tower_alone(named_clip, clip_folder, tmp_path, images, layout):
+    weights = load_file(Path(clip_folder) / "open_clip_model.safetensors")
+    part = {
+        layout.format(name.removeprefix("visual.")): w.half()
+        for name, w in weights.items()
+        if name.startswith("visual.")
+    }
+    torch.save({"state_dict": part}, tmp_path / "visual.pt")
+    tower = load_tower(named_clip, str(tmp_path / "visual.pt"))
+    assert not tower.has_text
+    expected = {name: w.half().float() for name, w in load_tower(clip_folder).state_dict().items()}
+    assert all(torch.equal(w, expected[name]) for name, w in tower.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_refused(named_clip, clip_folder, tmp_path):
+    path = str(tmp_path / "weights.safetensors")
+    weights = load_file(Path(clip_folder) / "open_clip_model.safetensors")
+    weights["visual.ln_post.bias"][3] = float("nan")
+    save_file(weights, path)
+    with pytest.raises(
+        ValueError, match="tiny-named, got: visual.ln_post.bias with values that are not finite"
+    ):
+        load_tower(named_clip, path)
+    save_file({"norm.bias": torch.full((64,), float("nan"))}, path)
+    with pytest.raises(ValueError, match="test_vit, got: norm.bias with values that are not finite"):
+        load_tower(TIMM, path)
+
+
+@torch.no_grad()
+def test_a_timm_file_of_another_size(tmp_path):
+    path = str(tmp_path / "weights.safetensors")
+    small = load_tower(TIMM, size=96)
+    pixels = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
+    model = timm.create_model("test_vit")
+    model.set_input_size(img_size=96)
+    save_file(model.state_dict(), path)
+    tower = load_tower(TIMM, path, size=96)
+    assert torch.equal(tower.network.pos_embed, model.pos_embed)
+    assert tower(pixels).shape == small(pixels).shape
+    # positions are resampled to the size that is asked for
+    assert load_tower(TIMM, path, size=64).network.pos_embed.shape == (1, 1 + 4**2, 64)
 
 
 def test_timm_checkpoint_file(tmp_path):
@@ -388,6 +441,16 @@ def test_folder_without_weights_or_description_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text", [b"{", b"\xff", b"{}", b'{"model_cfg": {}}', b'{"model_cfg": {"vision_cfg": {}, "text_cfg": {}}}']
+)
+def test_a_description_that_is_none_is_refused(text, tmp_path):
+    folder = tiny_clip(tmp_path)
+    (tmp_path / "open_clip_config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=f"open_clip_config.json of {tmp_path} must be JSON in UTF-8"):
+        load_tower(folder)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"space": "pixel"}, "space must be joint or visual, got 'pixel'"),
@@ -404,6 +467,20 @@ def test_options_are_checked(options, message):
 def test_size_is_a_multiple_of_the_patch(clip_folder):
     with pytest.raises(ValueError, match="size must be a multiple of the patch, 8, got 36"):
         load_tower(clip_folder, size=36)
+
+
+def test_a_size_that_the_network_cannot_take():
+    with pytest.raises(
+        ValueError, match="size must be 224 for timm:levit_128s, which takes no other, got 256"
+    ):
+        load_tower("timm:levit_128s", size=256)
+
+
+@pytest.mark.parametrize(
+    ("model", "patch"), [("timm:efficientvit_m0", 16), ("timm:xcit_nano_12_p16_224", 16)]
+)
+def test_a_patch_that_is_one_number(model, patch):
+    assert load_tower(model).patch == patch
 
 
 def test_a_tag_is_not_mistaken_for_a_file_and_a_name_not_for_a_folder(tmp_path, monkeypatch):

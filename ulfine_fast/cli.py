@@ -320,10 +320,11 @@ def evaluate(
 
     configuration = run_folder.read_configuration(run_dir)
     chosen_device = usable_device(device)
+    reading = ""
     if "images" in configuration:
         from ulfine_fast import image_experiment
 
-        steps, metrics = image_experiment.evaluate_run(
+        steps, metrics, reading = image_experiment.evaluate_run(
             run_dir, configuration, device=chosen_device, crops=crops
         )
     elif crops:
@@ -332,10 +333,18 @@ def evaluate(
         steps, metrics = experiment.evaluate_run(run_dir, configuration, device=chosen_device)
     report.write_json(
         run_dir / run_folder.EVALUATION,
-        {**experiment.surroundings(), "units": experiment.UNITS, "steps": steps, "metrics": metrics},
+        {
+            **experiment.surroundings(),
+            "units": experiment.UNITS,
+            "steps": steps,
+            "reading": reading,
+            "metrics": metrics,
+        },
     )
     console = make_console()
     print_metrics(console, metrics, f"{configuration['name']} after {steps} steps")
+    if reading:
+        console.print(f"Reading: {reading}", markup=False)
     console.print(f"Wrote {run_folder.EVALUATION} to {run_dir}")
 
 

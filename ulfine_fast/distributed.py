@@ -97,6 +97,18 @@ def gather_rows(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
     return gathered
 
 
+def gather_octets(octets: bytes, world: World, device: torch.device) -> list[bytes]:
+    """The `octets` of every process, of whatever length, in order. device: of the processes' group."""
+    if world.size == 1:
+        return [octets]
+    length = torch.tensor([len(octets)], device=device)
+    padded = torch.zeros(int(largest(length.clone(), world)), dtype=torch.uint8, device=device)
+    if octets:
+        padded[: len(octets)] = torch.frombuffer(bytearray(octets), dtype=torch.uint8)
+    rows, lengths = gather_rows([padded[None, None], length[None]], world)
+    return [row[:n].cpu().numpy().tobytes() for row, n in zip(rows, lengths.tolist(), strict=True)]
+
+
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor], world: World) -> None:
     """Replace the gradients of all processes by their mean, in one sum. Every parameter has a gradient.

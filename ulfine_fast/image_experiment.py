@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ulfine_fast.batches import ImageViews
 from ulfine_fast.checkpoint import CheckpointError, digest_of, replacing
 from ulfine_fast.config import PRESETS, Encoder, FineTuning, Images, Schedule
 from ulfine_fast.datasets import dataset_data
-from ulfine_fast.distributed import World, gather_rows, whole
+from ulfine_fast.distributed import World, gather_octets, gather_rows, whole
 from ulfine_fast.experiment import UNITS, curve, surroundings
 from ulfine_fast.features import FeatureData
 from ulfine_fast.finetune import Student, encode, finetune, load_tuned_tensors, tuned_tensors
@@ -29,7 +29,7 @@ from ulfine_fast.image_data import UNKNOWN, ImageData
 from ulfine_fast.image_folders import folder_data
 from ulfine_fast.image_tables import list_data, table_data
 from ulfine_fast.imagenet127 import imagenet127_data
-from ulfine_fast.images import ChosenImages, ImageSource
+from ulfine_fast.images import ChosenImages, ImageSource, ReadReport
 from ulfine_fast.learners import LEARNERS, Config, DualConfig, build_learner
 from ulfine_fast.loader import ViewLoader, default_workers, evaluation_batches
 from ulfine_fast.run_folder import CONFIG, load_run
@@ -111,7 +111,10 @@ def class_rows(data: ImageData) -> list[ClassRow]:
 
 @dataclass(frozen=True)
 class Reader:
-    """How whole sets of images are encoded: the view of each, and the work in the background."""
+    """How whole sets of images are encoded: the view of each, and the work in the background.
+
+    report: the images that could not be read.
+    """
 
     views: Callable[..., Tensor]  # picture -> uint8 [K, 3, S, S]
     size: int  # S
@@ -119,6 +122,7 @@ class Reader:
     device: torch.device
     batch_size: int = 64
     progress: bool = True
+    report: ReadReport = field(default_factory=ReadReport)
 
     @torch.no_grad()
     def features(
@@ -133,7 +137,7 @@ class Reader:
             workers=self.workers,
             device=self.device,
             at_least=sufficient_test_side(self.size),
-            on_unreadable=lambda _: None,
+            on_unreadable=lambda error: self.report.add_unreadable(error.name, error.reason),
             progress=self.progress,
         )
         for batch in batches:
@@ -143,7 +147,7 @@ class Reader:
         return torch.cat(found), np.concatenate(readable)
 
 
-def _tower(encoder: Encoder, place: torch.device) -> Tower:
+def _tower(encoder: Encoder, place: torch.device, seed: int) -> Tower:
     return load_tower(
         encoder.model,
         encoder.pretrained,
@@ -152,6 +156,7 @@ def _tower(encoder: Encoder, place: torch.device) -> Tower:
         compile=encoder.compile,
         gradient_checkpointing=encoder.gradient_checkpointing,
         device=place,
+        seed=seed,
     )
 
 
@@ -289,7 +294,7 @@ def run(
     place = torch.device(device, world.local_rank) if device == "cuda" else torch.device(device)
     workers = default_workers(world.on_machine) if workers is None else workers
     pipeline = build_pipeline(schedule.pipeline)
-    tower = _tower(encoder, place)
+    tower = _tower(encoder, place, schedule.seed)
     plain = partial(test_views, pipeline=pipeline, size=tower.size)
     reader = Reader(plain, tower.size, workers, place, progress=progress and world.leads)
     student = build_student(tower, data, encoder, method, schedule, reader)
@@ -323,6 +328,8 @@ def run(
             progress=progress,
         )
     metrics, predictions, readable = evaluate(student, data, pipeline, reader, crops=crops, world=world)
+    for record in gather_octets(json.dumps(data.report.record()).encode(), world, place):
+        data.report.add(json.loads(record))
     trained = {name: whole(tensor, world).cpu() for name, tensor in tuned_tensors(student).items()}
     return Outcome(student, training, metrics, predictions, readable, digest_of(trained))
 
@@ -430,7 +437,7 @@ def _load_run(
     if isinstance(method, DualConfig) and method.eta_folds:
         method = replace(method, eta=record["eta"], eta_folds=0)
     data = load_images(images)
-    tower = _tower(encoder, place)
+    tower = _tower(encoder, place, schedule.seed)
     # frozen weights are not in the checkpoint, and another list of classes may be as long
     for name, now in (("encoder", tower.fingerprint), ("data", data.identity)):
         if record[name] != now:
@@ -445,15 +452,19 @@ def _load_run(
 
 def evaluate_run(
     run_dir: Path, configuration: Mapping[str, Any], *, device: str = "cpu", crops: str | None = None
-) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Steps and metrics by branch of the run in `run_dir`, from its checkpoint; crops None: those of the run."""
+) -> tuple[int, dict[str, dict[str, Any]], str]:
+    """Steps and metrics by branch of the run in `run_dir`, from its checkpoint, and which images cannot be read.
+
+    crops None: those of the run.
+    """
     place = torch.device(device)
     steps, student, data = _load_run(run_dir, configuration, place)
     pipeline = build_pipeline(configuration["schedule"]["pipeline"])
     views = partial(test_views, pipeline=pipeline, size=student.tower.size)
     reader = Reader(views, student.tower.size, default_workers(), place)
     crops = crops or configuration["crops"]
-    return steps, evaluate(student, data, pipeline, reader, crops=crops, world=World())[0]
+    metrics, _, _ = evaluate(student, data, pipeline, reader, crops=crops, world=World())
+    return steps, metrics, reader.report.summary()
 
 
 def export_run(run_dir: Path, configuration: Mapping[str, Any], path: Path) -> None:

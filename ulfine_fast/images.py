@@ -2,22 +2,27 @@
 
 A file is read strictly. What is damaged raises `UnreadableImage` and is never filled in; what is unusual (CMYK,
 16 bits, transparency, several frames, EXIF orientation) is converted by one documented rule and counted in a
-`ReadReport`. Several threads may read from one source. From the first file read, warnings raised inside Pillow are
+`ReadReport`. Where the machine fails and not the file (a broken mount, too many open files, no memory), reading is
+tried again and then raises `MachineError`. Several threads may read from one source. From the first file read, warnings raised inside Pillow are
 ignored in the whole process: what they say is in the report or in the error.
 """
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 import re
+import stat
 import struct
 import threading
+import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from io import BytesIO
 from itertools import accumulate
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +31,19 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 # Pillow's other formats include some that run programs (EPS) or are no pictures.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+# More than any image of so many pixels needs, however it is stored.
+MAX_BYTES = 1 << 30
+
+# One image of more octets, or of more pixels after a reduced decoding, is worked on at a time.
+_LARGE_BYTES = 1 << 26
+_LARGE_PIXELS = 1 << 24
+_one_large = threading.RLock()
+# What opening raises for a path that leads to no image. Any other number is an error of the machine.
+_OF_THE_PATH = frozenset({
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EILSEQ, errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.EOPNOTSUPP,
+})  # fmt: skip
+_PAUSES = (0.1, 0.5, 2.0)  # seconds between two attempts
 
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 _filter_lock = threading.Lock()
@@ -68,6 +86,10 @@ def _escaped(character: str) -> str:
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
 
 
+class MachineError(OSError):
+    """An image could not be read, again and again, for a reason that does not lie in its file."""
+
+
 class ImageSource(Protocol):
     """Images by index 0..len - 1."""
 
@@ -105,6 +127,21 @@ class ReadReport:
             for conversion in conversions:
                 self._converted.setdefault(conversion, set()).add(name)
 
+    def record(self) -> dict[str, dict[str, list[str]]]:
+        """All names by reason and by conversion, as JSON can write them."""
+        with self._lock:
+            return {
+                "unreadable": {reason: sorted(names) for reason, names in self._unreadable.items()},
+                "converted": {conversion: sorted(names) for conversion, names in self._converted.items()},
+            }
+
+    def add(self, record: Mapping[str, Mapping[str, Iterable[str]]]) -> None:
+        """Note everything in the `record` of another report."""
+        with self._lock:
+            for mine, theirs in ((self._unreadable, "unreadable"), (self._converted, "converted")):
+                for reason, names in record[theirs].items():
+                    mine.setdefault(reason, set()).update(names)
+
     def unreadable(self) -> dict[str, int]:
         """Number of unreadable images by reason."""
         return self._counts(self._unreadable)
@@ -140,10 +177,11 @@ class ImageFiles:
     Conversions, each counted in `report`: alpha and transparent colours lie over white; 16-bit grey keeps its
     high byte; of several frames the first is taken; the EXIF orientation is applied; CMYK and 1-bit pixels go
     to RGB by Pillow's formula; ICC profiles are ignored. Grey and palettes of 8 bits lose nothing in RGB. A JPEG
-    file is decoded at 1/2, 1/4 or 1/8 where `at_least` allows it.
+    file is decoded at 1/2, 1/4 or 1/8 where `at_least` allows it. What is no regular file, such as a pipe, is
+    unreadable and not waited for.
 
     max_pixels: a larger image is unreadable; default `MAX_PIXELS`, above which Pillow warns, and at most twice that,
-    above which Pillow refuses. Raises ValueError outside that range, and where Pillow was told to fill in what
+    above which Pillow refuses. A file of more than `MAX_BYTES` is unreadable too. Raises ValueError outside that range, and where Pillow was told to fill in what
     truncated files lack.
     """
 
@@ -170,18 +208,30 @@ class ImageFiles:
         return printable(self._paths[index])
 
     def read(self, index: int, at_least: int | None = None) -> Image.Image:
-        """The image in mode RGB, see `ImageSource.read`."""
+        """The image in mode RGB, see `ImageSource.read`. MachineError after four attempts in three seconds."""
         path, name = self._paths[index], self.name(index)
         _ignore_pillow_warnings()
-        try:
-            image, conversions = _decode(path, at_least, self._max_pixels)
-        # a damaged file can make a decoder raise anything
-        except Exception as error:
-            reason = _reason(path, error)
-            self.report.add_unreadable(name, reason)
-            raise UnreadableImage(name, reason) from error
-        self.report.add_converted(name, conversions)
-        return image
+        pauses = iter(_PAUSES)
+        while True:
+            try:
+                image, conversions = _picture(path, at_least, self._max_pixels)
+            # a damaged file can make a decoder raise anything
+            except Exception as error:
+                cause = _failure_of_the_machine(error)
+                if cause is None:
+                    reason = _reason(error)
+                    self.report.add_unreadable(name, reason)
+                    raise UnreadableImage(name, reason) from error
+                pause = next(pauses, None)
+                if pause is None:
+                    raise MachineError(
+                        f"{name}: expected to read it, got {cause} in {1 + len(_PAUSES)} attempts, an error of the"
+                        " machine and not of the file"
+                    ) from error
+                time.sleep(pause)
+            else:
+                self.report.add_converted(name, conversions)
+                return image
 
 
 class ImageArray:
@@ -268,52 +318,88 @@ def _ignore_pillow_warnings() -> None:
             warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _decode(path: str, at_least: int | None, max_pixels: int) -> tuple[Image.Image, list[str]]:
-    with Image.open(path, formats=FORMATS) as image:
+def _picture(path: str, at_least: int | None, max_pixels: int) -> tuple[Image.Image, list[str]]:
+    # without waiting for whoever would write into a pipe
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        with _one_at_a_time(large=status.st_size > _LARGE_BYTES):
+            # all of it before the decoder begins: what fails later is its content
+            content = file.read()
+            if not content:
+                raise ValueError("empty file")
+            return _decode(content, at_least, max_pixels)
+
+
+def _one_at_a_time(*, large: bool) -> AbstractContextManager[object]:
+    """Threads that decode large images together could fill any memory."""
+    return _one_large if large else nullcontext()
+
+
+def _decode(content: bytes, at_least: int | None, max_pixels: int) -> tuple[Image.Image, list[str]]:
+    with Image.open(BytesIO(content), formats=FORMATS) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"more than {max_pixels} pixels")
         if at_least is not None:
             image.draft(None, (at_least, at_least))
-        conversions = []
-        if getattr(image, "is_animated", False):
-            conversions.append("first of several frames")
-        if "icc_profile" in image.info:
-            conversions.append("ICC profile ignored")
-        # some plugins turn the image themselves when it is loaded, and then there is no orientation left
-        image.load()
-        try:
-            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-        except (SyntaxError, ValueError, struct.error):
-            turn = None
-            conversions.append("damaged EXIF ignored")
-        # 16 and 32 bits: Pillow's own conversion cuts off at 255
-        if image.mode.startswith("I"):
-            values = np.asarray(image)
-            if not 0 <= values.min() <= values.max() < 2**16:
-                raise ValueError(f"pixels of mode {image.mode} outside 0..65535")
-            picture = Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-            conversions.append("16-bit grey")
-        elif image.mode == "F":
-            raise ValueError("floating-point pixels, whose range is unknown")
-        elif image.has_transparency_data:
-            picture = image.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-            conversions.append("alpha over white")
-        else:
-            picture = image.convert("RGB")
-            if image.mode not in ("RGB", "L", "P"):
-                conversions.append(f"mode {image.mode}")
+        with _one_at_a_time(large=image.width * image.height > _LARGE_PIXELS):
+            return _upright(image)
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """The picture of an opened file in mode RGB, and what was done to it."""
+    conversions = []
+    if getattr(image, "is_animated", False):
+        conversions.append("first of several frames")
+    if "icc_profile" in image.info:
+        conversions.append("ICC profile ignored")
+    # some plugins turn the image themselves when it is loaded, and then there is no orientation left
+    image.load()
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, ValueError, struct.error):
+        turn = None
+        conversions.append("damaged EXIF ignored")
+    # 16 and 32 bits: Pillow's own conversion cuts off at 255
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if not 0 <= values.min() <= values.max() < 2**16:
+            raise ValueError(f"pixels of mode {image.mode} outside 0..65535")
+        picture = Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        conversions.append("16-bit grey")
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is unknown")
+    elif image.has_transparency_data:
+        picture = image.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        conversions.append("alpha over white")
+    else:
+        picture = image.convert("RGB")
+        if image.mode not in ("RGB", "L", "P"):
+            conversions.append(f"mode {image.mode}")
     if turn is not None:
         picture = picture.transpose(turn)
         conversions.append("EXIF orientation")
     return picture, conversions
 
 
-def _reason(path: str, error: Exception) -> str:
+def _failure_of_the_machine(error: Exception) -> str | None:
+    """What failed on the machine, or None where the file is to blame."""
+    if isinstance(error, MemoryError):
+        return "no memory"
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_THE_PATH:
+        return error.strerror
+    return None
+
+
+def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "empty file" if not Path(path).stat().st_size else f"not an image in {', '.join(FORMATS)}"
+        return f"not an image in {', '.join(FORMATS)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    # numbers in parentheses would make every file a reason of its own
-    text = re.sub(r" *\([^()]*\)", "", " ".join(str(error).split()))
+    # numbers in parentheses would make every file a reason of its own, and so would the address of a buffer
+    text = re.sub(r" *\([^()]*\)| at 0x[0-9a-f]+", "", " ".join(str(error).split()))
     return text or type(error).__name__

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ulfine_fast.augment import Kind, Pipeline, channels_first, draw_geometry, sufficient_side
-from ulfine_fast.images import ImageSource, UnreadableImage
+from ulfine_fast.images import ImageSource, MachineError, UnreadableImage
 from ulfine_fast.randaugment import randaugment
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class Pending:
         """Wait for the views; to be called once.
 
         Raises what a worker raised: ValueError when no image of the pool can be read, UnreadableImage for a
-        strong view, RuntimeError with the image's name for anything unexpected or when the loader was closed.
+        strong view, MachineError where the machine fails and not a file, RuntimeError with the image's name for anything unexpected or when the loader was closed.
         """
         try:
             return self._deliver([future.result() for future in self._futures])
@@ -262,8 +262,8 @@ def evaluation_batches(
     ahead of the one handed over. on_unreadable: called in order for every image that cannot be read. progress: show
     a bar on standard error, if that is a terminal.
 
-    Raises ValueError for an argument outside its range and when no image can be read, RuntimeError with the
-    image's name for anything unexpected.
+    Raises ValueError for an argument outside its range and when no image can be read, MachineError where the machine
+    fails and not a file, RuntimeError with the image's name for anything unexpected.
     """
     if batch_size < 1 or len(source) < 1:
         raise ValueError(
@@ -463,7 +463,7 @@ def _naming(source: ImageSource, row: int) -> Iterator[None]:
     """Errors from within say which image they came from."""
     try:
         yield
-    except UnreadableImage:
+    except (UnreadableImage, MachineError):
         raise
     except Exception as error:
         raise RuntimeError(f"{source.name(row)}: {type(error).__name__}: {error}") from error

@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +32,7 @@ from ulfine_fast.encoder import (
     lite_weights,
     text_embeddings,
 )
+from ulfine_fast.weights import check_finite, read_weights, weights_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -41,8 +42,8 @@ LITE_SIZE = 160
 Space = Literal["joint", "visual"]
 
 _TEXTS_AT_ONCE = 256
-# what reading a file raises that is damaged, holds code, or fits another model
-_UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, SafetensorError)
+# of a checkpoint of CLIP; features do not depend on them, and files differ in their shapes
+_WITHOUT_USE = ("logit_scale", "logit_bias", "attn_mask")
 
 
 class TextSide(NamedTuple):
@@ -243,39 +244,44 @@ def load_tower(
     compile: bool = False,  # noqa: A002
     gradient_checkpointing: bool = False,
     device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> Tower:
     """Load an image encoder for fine-tuning, with float32 weights.
 
     model, and what `pretrained` may be with it:
       "lite0", "lite2": the offline encoder of `LiteClip`, None.
-      a name of `open_clip.list_models()`: one of its tags, or a checkpoint file (.safetensors, or .pt without
-        pickled code). A tag is loaded only with the activation it was trained with, e.g. "ViT-B-16-quickgelu" and
-        not "ViT-B-16" for "openai"; of a file this cannot be known, so the activation is what the name says.
+      a name of `open_clip.list_models()`: one of its tags, or a checkpoint file (`weights.read_weights`), of the
+        whole model or of its image tower alone. A tag is loaded only with the activation it was trained with, e.g.
+        "ViT-B-16-quickgelu" and not "ViT-B-16" for "openai"; of a file this cannot be known, so the activation is
+        what the name says.
       a folder with open_clip_config.json and weights, or "hf-hub:OWNER/NAME": None.
       "timm:NAME", a backbone without text: a tag of it, or a checkpoint file; "timm:NAME.TAG" has the image
         statistics of the tag, and also its weights where `pretrained` is None.
-    Where None leaves the weights at random, a warning is logged.
+    Where None leaves the weights at random, a warning is logged; they are drawn from `seed` alone.
 
     space: "joint", the space of images and texts, or "visual", the features of a CLIP's vision transformer before
     its projection. size: side of the input, pixels; None: the model's own, 160 for a lite tower. A multiple of the
-    patch, of 32 for a lite tower. compile: the network goes through torch.compile. gradient_checkpointing: blocks keep
+    patch, of 32 for a lite tower, and one that the network can take. compile: the network goes through torch.compile. gradient_checkpointing: blocks keep
     only their input and are computed again in backward.
 
     Raises ValueError for a name, tag, file, space or size that does not fit, ConnectionError when weights cannot be
-    downloaded, ImportError when a package is missing.
+    downloaded, OSError when a file cannot be read, ImportError when a package is missing.
     """
     if space not in get_args(Space):
         raise ValueError(f"load_tower: space must be joint or visual, got {space!r}")
     if size is not None and size < 1:
         raise ValueError(f"load_tower: size must be at least 1, got {size}")
-    if model in IMAGE_WEIGHTS:
-        tower = _lite_tower(model, pretrained, space, size or LITE_SIZE)
-    elif model.startswith("timm:"):
-        tower = _timm_tower(model, pretrained, space, size)
-    else:
-        tower = _open_clip_tower(model, pretrained, space, size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if model in IMAGE_WEIGHTS:
+            tower = _lite_tower(model, pretrained, space, size or LITE_SIZE)
+        elif model.startswith("timm:"):
+            tower = _timm_tower(model, pretrained, space, size)
+        else:
+            tower = _open_clip_tower(model, pretrained, space, size)
     if size is not None and tower.patch is not None and size % tower.patch:
         raise ValueError(f"load_tower: size must be a multiple of the patch, {tower.patch}, got {size}")
+    _check_input(tower)
     if gradient_checkpointing:
         if not isinstance(tower.blocks, Blocks):
             raise ValueError(
@@ -334,10 +340,11 @@ def _timm_tower(model: str, pretrained: str | None, space: str, size: int | None
         network = timm.create_model(full_name, pretrained=bool(tag and not file), num_classes=0)
     except OSError as error:
         raise _no_download(full_name, error) from None
+    # before a file is loaded, which may be of this size
+    _set_size(network, model, size)
     if file:
-        _load_timm_file(network, file, full_name)
-    if size is not None and hasattr(network, "set_input_size"):
-        network.set_input_size(img_size=size)
+        with _of_file(file, full_name):
+            _load_timm_file(network, Path(file))
     _own_timm_blocks(network)
     data = timm.data.resolve_model_data_config(network)
     return _tower(
@@ -353,20 +360,23 @@ def _timm_tower(model: str, pretrained: str | None, space: str, size: int | None
     )
 
 
-def _load_timm_file(network: nn.Module, path: str, name: str) -> None:
+def _load_timm_file(network: nn.Module, path: Path) -> None:
     # timm itself would leave what the file lacks at random
-    from timm.models import load_state_dict
-
+    own = network.state_dict()
+    weights = weights_of(read_weights(path), own)
     classifier = network.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    try:
-        weights = load_state_dict(path)
-        weights = {
-            key: value for key, value in weights.items() if not key.startswith(tuple(f"{h}." for h in heads))
-        }
-        network.load_state_dict(weights)
-    except _UNREADABLE as error:
-        raise _not_a_checkpoint(name, path, error) from error
+    weights = {
+        name: value for name, value in weights.items() if not name.startswith(tuple(f"{h}." for h in heads))
+    }
+    others = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    # most modules of timm have it: it resamples positions, and knows the names of older files. It would resample
+    # patches too, but a file of another patch is of another model
+    adapted = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if others and adapted and not any("patch_embed" in name for name in others):
+        weights = adapted(weights, network)
+    check_finite(weights)
+    network.load_state_dict(weights)
 
 
 def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int | None) -> Tower:
@@ -390,27 +400,48 @@ def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int |
                 f"load_tower: model must be a folder with open_clip_config.json, got {model}"
             ) from error
         raise _no_download(model, error) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_description(model, error) from error
     if config is None:
         raise ValueError(
             f"load_tower: model must be {', '.join(IMAGE_WEIGHTS)}, timm:NAME, a folder with open_clip_config.json"
             f" or a name of open_clip.list_models(), got {model!r}"
         )
-    if pretrained is None:
-        if not complete:
-            _warn_of_random_weights(model)
+    file = tag = None
+    if folder:
+        file = _file_of_weights(Path(model))
+    elif complete:
+        try:
+            file = open_clip.pretrained.download_pretrained_from_hf(model.removeprefix("hf-hub:"))
+        except OSError as error:
+            raise _no_download(model, error) from None
+    elif pretrained is None:
+        _warn_of_random_weights(model)
     elif open_clip.get_pretrained_cfg(model, pretrained):
-        _fetch_tag(open_clip, model, pretrained, config)
-    elif not Path(pretrained).is_file():
+        tag, file = pretrained, _fetch_tag(open_clip, model, pretrained, config)
+    elif Path(pretrained).is_file():
+        file = pretrained
+    else:
         raise _unknown_weights(open_clip.list_pretrained_tags_by_model(model), pretrained)
     try:
-        clip = open_clip.create_model(
-            source,
-            pretrained=pretrained,
-            force_image_size=size,
-            require_pretrained=complete or pretrained is not None,
-        )
-    except _UNREADABLE as error:
-        raise _not_a_checkpoint(model, pretrained or model, error) from error
+        of_timm = "timm_model_name" in config["vision_cfg"]
+        with _quiet():
+            clip = open_clip.create_model(
+                source,
+                pretrained=tag,
+                load_weights=False,
+                pretrained_text=file is None,
+                force_image_size=None if of_timm else size,
+            )
+    # open_clip checks nothing of what it is told
+    except Exception as error:
+        raise _no_description(model, error) from error
+    with_text = True
+    if file:
+        with _of_file(file, model):
+            with_text = _load_clip(clip, Path(file))
+    if of_timm:
+        _set_size(clip.visual, model, size)
 
     network, clip.visual = clip.visual, None
     if hasattr(network, "output_tokens"):
@@ -436,11 +467,64 @@ def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int |
         name=Path(model).name if folder else model,
         dim=dim,
         patch=_patch(network),
-        text=_clip_text(clip, source, projection),
+        text=_clip_text(clip, source, projection) if with_text else None,
     )
 
 
-def _fetch_tag(open_clip: ModuleType, model: str, tag: str, config: Mapping[str, Any]) -> None:
+def _file_of_weights(folder: Path) -> str:
+    files = [
+        path for kind in (".safetensors", ".bin", ".pth", ".pt") for path in sorted(folder.glob(f"*{kind}"))
+    ]
+    if not files:
+        raise _not_a_checkpoint(str(folder), str(folder), ValueError("a folder without weights"))
+    # a folder may have weights for other programs too
+    return str(min(files, key=lambda path: not path.name.startswith("open_clip")))
+
+
+def _load_clip(clip: nn.Module, path: Path) -> bool:
+    """Fill a model of open_clip from a file; whether that has the text tower too."""
+    import open_clip
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import (
+        convert_to_custom_text_state_dict,
+        resize_pos_embed,
+        resize_text_pos_embed,
+    )
+
+    if path.suffix == ".npz":
+        open_clip.load_checkpoint(clip, str(path))
+        return True
+    own, tensors = clip.state_dict(), read_weights(path)
+    of_image = [name for name in own if name.startswith("visual.")]
+    weights = weights_of(tensors, own)
+    if not any(name in weights for name in of_image):
+        # perhaps the image tower alone
+        bare = {f"visual.{name}": w for name, w in weights_of(tensors, {n[7:] for n in of_image}).items()}
+        weights = bare if any(name in bare for name in of_image) else weights
+    weights = convert_state_dict(clip, weights)
+    if "positional_embedding" in weights and not hasattr(clip, "positional_embedding"):
+        weights = convert_to_custom_text_state_dict(weights)
+    # whole numbers that the model does not know are positions by number and sizes
+    weights = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+        if not name.endswith(_WITHOUT_USE) and (name in own or tensor.is_floating_point())
+    }
+    check_finite(weights)
+    if all(name.startswith("visual.") for name in weights):
+        LOGGER.warning("load_tower: %s has no text tower: first prototypes will be class means", path)
+        weights |= {name: tensor for name, tensor in own.items() if name not in of_image}
+        with_text = False
+    else:
+        weights |= {name: own[name] for name in own if name.endswith(_WITHOUT_USE)}
+        with_text = True
+    resize_pos_embed(weights, clip)
+    resize_text_pos_embed(weights, clip)
+    clip.load_state_dict(weights)
+    return with_text
+
+
+def _fetch_tag(open_clip: ModuleType, model: str, tag: str, config: Mapping[str, Any]) -> str:
     weights = open_clip.get_pretrained_cfg(model, tag)
     if bool(weights.get("quick_gelu")) != bool(config.get("quick_gelu")):
         # open_clip would only warn
@@ -452,7 +536,7 @@ def _fetch_tag(open_clip: ModuleType, model: str, tag: str, config: Mapping[str,
             + (f" use {twin}" if known else " a checkpoint file is loaded with the activation of the model")
         )
     try:
-        open_clip.download_pretrained(weights)
+        return open_clip.download_pretrained(weights)
     except (OSError, RuntimeError) as error:
         raise _no_download(f"{model} {tag}", error) from None
 
@@ -543,7 +627,45 @@ def _in_levels(statistics: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def _patch(network: nn.Module) -> int | None:
     trunk = getattr(network, "trunk", network)
-    return getattr(getattr(trunk, "patch_embed", trunk), "patch_size", (None,))[0]
+    patch = getattr(getattr(trunk, "patch_embed", trunk), "patch_size", None)
+    return patch if patch is None or isinstance(patch, int) else patch[0]
+
+
+def _set_size(network: nn.Module, model: str, size: int | None) -> None:
+    if size is None:
+        return
+    if hasattr(network, "set_input_size"):
+        try:
+            network.set_input_size(size)
+        # what timm asserts differs from model to model
+        except Exception as error:
+            raise _wrong_size(network, model, size) from error
+    elif hasattr(network, "image_size"):
+        network.image_size = (size, size)
+
+
+@torch.no_grad()
+def _check_input(tower: Tower) -> None:
+    """ValueError unless an image of the tower's size gives a feature of its width: only the network can tell."""
+    try:
+        features = tower(torch.zeros(1, 3, tower.size, tower.size, dtype=torch.uint8))
+    # as above
+    except Exception as error:
+        raise _wrong_size(tower.network, tower.name, tower.size) from error
+    if features.shape != (1, tower.dim):
+        raise ValueError(
+            f"load_tower: model must give one feature of width {tower.dim} for an image, got"
+            f" {list(features.shape)} from {tower.name}"
+        )
+
+
+def _wrong_size(network: nn.Module, model: str, size: int) -> ValueError:
+    described = getattr(getattr(network, "trunk", network), "pretrained_cfg", None) or {}
+    own = described["input_size"][-1] if described.get("input_size") else "its own"
+    others = (
+        ", which takes no other," if described.get("fixed_input_size") else " or another that it can take,"
+    )
+    return ValueError(f"load_tower: size must be {own} for {model}{others} got {size}")
 
 
 def _side(size: int | Sequence[int], model: str) -> int:
@@ -580,7 +702,36 @@ def _no_download(what: str, error: Exception) -> ConnectionError:
     )
 
 
+@contextmanager
+def _of_file(path: str, model: str) -> Iterator[None]:
+    """Errors from within say which file they came from, and what is expected of it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"load_tower: expected to read {path}, got: {error.strerror or error}") from error
+    # what does not fit fails anywhere in the functions of timm and open_clip
+    except Exception as error:
+        raise _not_a_checkpoint(model, path, error) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns of random weights where it is not to load them itself."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _no_description(model: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"load_tower: open_clip_config.json of {model} must be JSON in UTF-8 that describes a model of open_clip,"
+        f" got: {shorten(str(error), 150) or type(error).__name__}"
+    )
+
+
 def _not_a_checkpoint(model: str, path: str, error: Exception) -> ValueError:
-    # an empty file has an error without words
     reason = shorten(str(error), 300) or type(error).__name__
     return ValueError(f"load_tower: {path} must be a checkpoint of {model}, got: {reason}")
