@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -22,10 +28,14 @@ Threads = Annotated[int, typer.Option(min=0, help=THREADS_HELP)]
 
 
 class Commands(TyperGroup):
-    """Turns failures into one or two lines and exit code 1."""
+    """Turns failures into one or two lines and exit code 1, SIGINT and SIGTERM into a line and 130 and 143."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
+        from ulfine_fast.checkpoint import Terminated, stop
+
+        if threading.current_thread() is threading.main_thread():
+            ctx.call_on_close(partial(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop)))
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
@@ -36,9 +46,11 @@ class Commands(TyperGroup):
                 if repr(problem["input"]) not in error.message:
                     error.message += f", got {problem['input']}"
             raise
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated) as stopped:
+            by, code = ("SIGTERM", 143) if isinstance(stopped, Terminated) else ("Ctrl-C", 130)
             again = "; nothing was half written, run the same command again"
-            say("stopped by Ctrl-C" + (how_to_resume(ctx) or again))
+            say(f"stopped by {by}" + (how_to_resume(ctx) or again))
+            raise typer.Exit(code) from None
         except FAILURES as error:
             if ctx.params.get("traceback"):
                 raise
@@ -96,6 +108,21 @@ def changed(method: Any, settings: list[str]) -> Any:
         # A preset that would choose it takes the one that is given.
         changes.setdefault("eta_folds", 0)
     return replace(method, **changes)
+
+
+@contextmanager
+def shown_log(*, quiet: bool = False) -> Iterator[None]:
+    """What the package logs from level INFO on goes to standard error, line by line; with `quiet` nowhere."""
+    logger = logging.getLogger("ulfine_fast")
+    handler = logging.NullHandler() if quiet else logging.StreamHandler()
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def make_console(*, quiet: bool = False) -> Console:
