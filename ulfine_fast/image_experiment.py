@@ -465,16 +465,16 @@ def _load_test(
         choice = Images(**configuration["images"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{run_dir / CONFIG}: {error}") from error
-    if choice.test is not None:
-        # folders of training images may be gone
-        choice = replace(choice, labelled=choice.test, unlabelled=None)
     for name in PLACES["images"]:
-        path = getattr(choice, name)
+        # folders of training images may be gone
+        path = None if name in ("labelled", "unlabelled") else getattr(choice, name)
         if path is not None and not Path(path).exists():
             raise FileNotFoundError(
                 f"{run_dir}: expected {name} of the run at {path}, got nothing there; relative paths begin in"
                 f" {configuration.get('began_in', '.')}; say where it is: --at {name}=PATH"
             )
+    if choice.test is not None:
+        choice = replace(choice, labelled=choice.test, unlabelled=None)
     data = load_images(choice)
     if data.class_names == tuple(class_names):
         return data.test, data.test_labels

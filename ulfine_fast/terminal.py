@@ -118,11 +118,14 @@ def shown_log(*, quiet: bool = False) -> Iterator[None]:
     before = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
+    # a library may have given the root a handler of its own
+    logger.propagate = False
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+        logger.propagate = True
 
 
 def make_console(*, quiet: bool = False) -> Console:
