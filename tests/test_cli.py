@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import ulfine_fast
 from ulfine_fast import _native, backend, demo, experiment
-from ulfine_fast.checkpoint import load_checkpoint
+from ulfine_fast.checkpoint import Terminated, load_checkpoint
 from ulfine_fast.cli import app
 from ulfine_fast.config import METHODS, Schedule
 from ulfine_fast.fastest import FASTEST
@@ -744,11 +744,12 @@ weak = ImageViews.weak
 
 def send(self, step, slots):
     if step == 4:
-        signal.raise_signal(getattr(signal, sys.argv[1]))
+        signal.raise_signal(number)
     return weak(self, step, slots)
 
 
 ImageViews.weak = send
+number = getattr(signal, sys.argv[1])
 sys.argv = ["ulfine-fast", *sys.argv[2:]]
 main()
 """
@@ -764,6 +765,17 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, pictures, 
     assert stopped.endswith("; continue from the last checkpoint with:")
     assert how == f"  ulfine-fast {' '.join(words)} --resume"
     assert load_checkpoint(tmp_path / "runs/cut/checkpoint.safetensors")[1]["steps"] == 4
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (Terminated(143), 143)])
+def test_a_signal_in_a_place_that_makes_an_error_of_it_is_a_signal(monkeypatch, stop, code):
+    class Raises:
+        def __set_name__(self, owner, name):
+            raise stop
+
+    monkeypatch.setattr(experiment, "load_data", lambda choice: type("Owner", (), {"name": Raises()}))
+    result = call("train", *QUICK, code=code)
+    assert "nothing was half written, run the same command again" in result.output
 
 
 def test_without_standard_streams_the_command_is_quiet(tmp_path):

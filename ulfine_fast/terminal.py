@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from ulfine_fast.checkpoint import CHECKPOINT, Terminated, stop
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+SIGINT_CODE, SIGTERM_CODE = 130, 143
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 PANEL_DATA, PANEL_ENCODER, PANEL_TRAINING, PANEL_RUN = "Data", "Encoder", "Training", "Run"
 Device = Literal["auto", "cpu", "cuda"]
@@ -32,8 +35,6 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
-        from ulfine_fast.checkpoint import Terminated, stop
-
         if threading.current_thread() is threading.main_thread():
             ctx.call_on_close(partial(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop)))
         try:
@@ -46,12 +47,13 @@ class Commands(TyperGroup):
                 if repr(problem["input"]) not in error.message:
                     error.message += f", got {problem['input']}"
             raise
-        except (KeyboardInterrupt, Terminated) as stopped:
-            by, code = ("SIGTERM", 143) if isinstance(stopped, Terminated) else ("Ctrl-C", 130)
-            again = "; nothing was half written, run the same command again"
-            say(f"stopped by {by}" + (how_to_resume(ctx) or again))
-            raise typer.Exit(code) from None
-        except FAILURES as error:
+        except (KeyboardInterrupt, Terminated, *FAILURES) as error:
+            code = _stopped_by(error)
+            if code:
+                again = "; nothing was half written, run the same command again"
+                by = "SIGTERM" if code == SIGTERM_CODE else "Ctrl-C"
+                say(f"stopped by {by}" + (how_to_resume(ctx) or again))
+                raise typer.Exit(code) from None
             if ctx.params.get("traceback"):
                 raise
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -61,6 +63,18 @@ class Commands(TyperGroup):
         raise typer.Exit(1)
 
 
+def _stopped_by(error: BaseException | None) -> int:
+    """Exit code for the signal that an error comes from, 0 where it comes from none.
+
+    A signal is raised wherever the process is, and some places (`__set_name__`) make another error of it.
+    """
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, Terminated)):
+            return SIGTERM_CODE if isinstance(error, Terminated) else SIGINT_CODE
+        error = error.__cause__
+    return 0
+
+
 def say(text: str) -> None:
     """Print a line on standard error."""
     typer.echo(text, err=True)
@@ -68,8 +82,6 @@ def say(text: str) -> None:
 
 def how_to_resume(ctx: Any) -> str:
     """How to go on from the checkpoint; empty where there is none."""
-    from ulfine_fast.checkpoint import CHECKPOINT
-
     run_dir = ctx.meta.get("run_dir")
     if run_dir is None or not (run_dir / CHECKPOINT).exists():
         return ""
