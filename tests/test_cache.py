@@ -271,6 +271,31 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert default_cache_dir() == tmp_path / ".cache" / "ulfine-fast"
 
 
+@pytest.fixture
+def no_home(monkeypatch, tmp_path):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ULFINE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    return tmp_path / f"ulfine-fast-{os.getuid()}"
+
+
+def test_a_user_without_a_home_has_a_folder_among_the_temporary_ones(no_home):
+    assert default_cache_dir() == default_cache_dir() == no_home
+    assert no_home.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_temporary_folder_of_another_user_is_no_cache(no_home, monkeypatch):
+    no_home.mkdir()
+    user = os.getuid()
+    no_home.rename(no_home.with_name(f"ulfine-fast-{user + 1}"))
+    monkeypatch.setattr("os.getuid", lambda: user + 1)
+    with pytest.raises(CacheError, match="got one of another; set ULFINE_CACHE to a folder"):
+        default_cache_dir()
+
+
 def test_progress_names_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

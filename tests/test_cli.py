@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from typer.testing import CliRunner
 
 import ulfine_fast
 from ulfine_fast import _native, backend, demo, experiment
-from ulfine_fast.checkpoint import load_checkpoint
+from ulfine_fast.checkpoint import Terminated, load_checkpoint
 from ulfine_fast.cli import app
 from ulfine_fast.config import METHODS, Schedule
 from ulfine_fast.fastest import FASTEST
@@ -215,7 +216,7 @@ def test_resume_continues_an_interrupted_run(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "__call__", interrupt)
         patch.setattr(sys, "argv", ["ulfine-fast", *words])
-        result = call(*words, code=1)
+        result = call(*words, code=130)
     command = "ulfine-fast train --steps 30 --log-every 10 --out runs/cut --checkpoint-every 10 --resume"
     assert command in result.output
     call(*words, "--resume")
@@ -696,7 +697,7 @@ def test_an_interrupted_finetune_says_how_to_go_on(tmp_path, pictures, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(ImageViews, "weak", interrupt)
             patch.setattr(sys, "argv", ["ulfine-fast", *words])
-            return call(*words, code=1).output.splitlines()
+            return call(*words, code=130).output.splitlines()
 
     assert interrupt_at(1)[-1] == "stopped by Ctrl-C; nothing was half written, run the same command again"
     *_, stopped, command = interrupt_at(5)
@@ -777,6 +778,102 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, pictures):
     whole, cut = (strict(tmp_path / f"runs/{name}/metrics.json") for name in ("whole", "cut"))
     assert cut["digest"] == whole["digest"]
     assert cut["metrics"] == whole["metrics"]
+
+
+def test_a_finetune_says_how_far_it_is_and_where_it_goes_on(tmp_path, pictures):
+    lines = call("finetune", *pictures, "--out", "runs/a").output.splitlines()
+    said = [line for line in lines if re.match(r"step \d of 6, .*about \d+ s to go$", line)]
+    assert [line.split()[1] for line in said] == ["2", "3", "4", "6"]
+    again = call("finetune", *pictures, "--steps", "8", "--log-every", "4", "--out", "runs/a", "--resume")
+    assert "going on after step 6 of 8" in again.output.splitlines()
+    assert strict(tmp_path / "runs/a/config.json")["schedule"]["steps"] == 8
+    call("evaluate", "runs/a")
+
+
+def test_moved_images_are_found(tmp_path, pictures, monkeypatch):
+    call("finetune", *pictures, "--out", "runs/a")
+    expected = strict(tmp_path / "runs/a/metrics.json")["metrics"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = tmp_path / "runs/a"
+    call("evaluate", run)
+    assert strict(run / "evaluation.json")["metrics"] == expected
+    (tmp_path / "test").rename(tmp_path / "moved")
+    result = call("evaluate", run, code=1)
+    assert "say where it is: --at test=PATH" in result.output
+    call("evaluate", run, "--at", "test=../moved")
+    assert strict(run / "evaluation.json")["metrics"] == expected
+    call("export", run, "head.safetensors")
+
+
+def test_a_run_goes_on_with_moved_images(tmp_path, pictures, monkeypatch):
+    call("finetune", *pictures, "--out", "runs/a")
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("labelled", "unlabelled", "test"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = [*pictures, "--model", "../clip", "--out", "../runs/a", "--resume"]
+    assert "going on after step 6 of 6" in call("finetune", *words).output
+    (tmp_path / "elsewhere/unlabelled/tree-0.png").unlink()
+    result = call("finetune", *words, code=1)
+    assert "checkpoint.safetensors belongs to another run: data: expected" in result.output
+
+
+def test_an_exported_head_of_a_tuned_encoder_says_so(pictures):
+    call("finetune", *pictures, "--out", "runs/a")
+    said = " ".join(call("export", "runs/a", "head.safetensors").output.split())
+    assert "the encoder was tuned, too (adaptformer), and is not in the file" in said
+    call("finetune", *pictures, "--tuning", "linear_probe", "--out", "runs/b")
+    assert "tuned" not in call("export", "runs/b", "other.safetensors").output
+
+
+SIGNALLED = """
+import signal, sys
+from ulfine_fast.batches import ImageViews
+from ulfine_fast.cli import main
+
+weak = ImageViews.weak
+
+
+def send(self, step, slots):
+    if step == 4:
+        signal.raise_signal(number)
+    return weak(self, step, slots)
+
+
+ImageViews.weak = send
+number = getattr(signal, sys.argv[1])
+sys.argv = ["ulfine-fast", *sys.argv[2:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, pictures, name, code):
+    words = ["finetune", *pictures, "--out", "runs/cut"]
+    command = [sys.executable, "-P", "-c", SIGNALLED, name, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == code, ended.stderr
+    *_, stopped, how = ended.stderr.splitlines()
+    assert stopped.endswith("; continue from the last checkpoint with:")
+    assert how == f"  ulfine-fast {' '.join(words)} --resume"
+    assert load_checkpoint(tmp_path / "runs/cut/checkpoint.safetensors")[1]["steps"] == 4
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (Terminated(143), 143)])
+def test_a_signal_in_a_place_that_makes_an_error_of_it_is_a_signal(monkeypatch, stop, code):
+    class Raises:
+        def __set_name__(self, owner, name):
+            raise stop
+
+    monkeypatch.setattr(experiment, "load_data", lambda choice: type("Owner", (), {"name": Raises()}))
+    result = call("train", *QUICK, code=code)
+    assert "nothing was half written, run the same command again" in result.output
+
+
+def test_without_standard_streams_the_command_is_quiet(tmp_path):
+    script = f"exec {shlex.quote(sys.executable)} -m ulfine_fast info >&- 2>&-"
+    assert subprocess.run(["sh", "-c", script], check=False, cwd=tmp_path).returncode == 0
 
 
 TOGETHER = """

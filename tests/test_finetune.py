@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ulfine_fast import finetune as engine_module
 from ulfine_fast.batches import FeatureViews
-from ulfine_fast.checkpoint import CheckpointError, digest_of, load_checkpoint
+from ulfine_fast.checkpoint import CheckpointError, Terminated, digest_of, load_checkpoint
 from ulfine_fast.config import METHODS, FineTuning, Schedule
 from ulfine_fast.distributed import World
 from ulfine_fast.finetune import Engine, Student, finetune, load_tuned_tensors, tuned_tensors
@@ -348,14 +349,13 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert digest_of(engine.tensors()) != digest_of(before)
 
 
-def test_a_loss_that_is_not_finite_is_enough():
+def test_a_first_step_whose_loss_is_not_finite_changes_nothing():
     engine = Engine(student_of(), FeatureViews(DATA, SHORT), SHORT, World())
     loss = type(engine.learner).loss
     engine.learner.loss = lambda *arguments: loss(engine.learner, *arguments) + float("inf")
     before = weights(engine.student)
     assert not engine.step(0).finite
-    named = dict(engine.student.named_parameters())
-    assert all(torch.equal(before[name], p) for name, p in named.items())
+    assert digest_of(weights(engine.student)) == digest_of(before)
 
 
 def test_a_step_does_not_wait_for_the_device(monkeypatch):
@@ -373,7 +373,7 @@ def test_a_step_does_not_wait_for_the_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(1) or plain(tensor))
     for name in ("__bool__", "__float__", "__int__", "item"):
         monkeypatch.setattr(torch.Tensor, name, wait)
-    window = engine_module._Window(0, engine.device)
+    window = engine_module._Window(torch.zeros(3, dtype=torch.int64))
     window.add(engine.step(1))
     assert len(lists) == 1
 
@@ -388,12 +388,27 @@ def test_twenty_such_steps_end_the_run():
         run(student, replace(SHORT, steps=40))
 
 
+def window_after(skips: list[int], finite: list[bool]) -> engine_module._Window:
+    window, empty = engine_module._Window(torch.tensor(skips)), torch.empty(0)
+    for each in finite:
+        window.add(engine_module.StepReport(empty, torch.tensor(each), empty, empty, empty, empty, (0, 0)))
+    return window
+
+
 def test_steps_that_changed_nothing_end_the_run_only_in_a_row():
-    window = engine_module._Window(5, torch.device("cpu"))
-    empty = torch.empty(0)
-    for finite in [False] * 19 + [True] + [False] * 19:
-        window.add(engine_module.StepReport(empty, torch.tensor(finite), empty, empty, empty, (0, 0)))
-    assert window.skipped(38) == 5 + 38
+    assert window_after([0, 0, 5], [False] * 19 + [True] + [False] * 19).skipped(38) == 5 + 38
+
+
+def test_a_resumed_run_remembers_the_steps_in_a_row_that_changed_nothing(tmp_path):
+    schedule = replace(SHORT, steps=30)
+    broken = student_of()
+    with torch.no_grad():
+        broken.tower.frozen.weight.fill_(float("inf"))
+    options = {"run_dir": tmp_path, "checkpoint_every": 5}
+    with pytest.raises(Cut):
+        run(broken, schedule, views=CutViews(schedule, 13), **options)
+    with pytest.raises(RuntimeError, match="stopped at step 20: loss or gradient was not finite in 20 steps"):
+        run(broken, schedule, resume=True, **options)
 
 
 def test_the_mean_of_the_weights_is_what_is_left():
@@ -691,6 +706,56 @@ def test_a_process_that_dies_in_the_backward_pass_ends_the_others(together):
 def test_a_single_process_has_nothing_to_shard_over():
     with pytest.raises(ValueError, match="shard must be False in a single process, got True"):
         run(student_of(), SHARDED)
+
+
+def test_copies_of_labelled_images_do_not_count_in_the_quality_of_pseudo_labels():
+    views = FeatureViews(DATA, SHORT)
+    copies = views.unlabelled_is_labelled
+    assert copies.any() and not copies.all()
+    # none of the others is right
+    views.unlabelled_truth = torch.where(copies, views.unlabelled_truth, (views.unlabelled_truth + 1) % 6)
+    student = student_of(tower=nn.Identity, threshold=0.0)
+    quality = run(student, replace(SHORT, steps=1), views=views).history[-1]["pseudo_labels"]["fused"]
+    assert quality["precision"] < 0.2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(tmp_path, number):
+    class Signalled(FeatureViews):
+        def labelled(self, step, slots):
+            if step == 5:
+                signal.raise_signal(number)
+            return super().labelled(step, slots)
+
+    whole = student_of()
+    run(whole, run_dir=tmp_path / "whole")
+    before = signal.getsignal(number)
+    with pytest.raises((KeyboardInterrupt, Terminated)) as stopped:
+        run(student_of(), views=Signalled(DATA, SHORT), run_dir=tmp_path / "cut", checkpoint_every=100)
+    assert isinstance(stopped.value, Terminated) == (number == signal.SIGTERM)
+    assert signal.getsignal(number) == before
+    # the batch of step 5 is asked for while step 4 runs
+    assert load_checkpoint(tmp_path / "cut" / CHECKPOINT)[1]["steps"] == 5
+    again = student_of()
+    run(again, run_dir=tmp_path / "cut", resume=True, checkpoint_every=100)
+    assert digest_of(weights(again)) == digest_of(weights(whole))
+
+
+def test_a_finished_run_may_be_made_longer_and_says_what_that_means(tmp_path, caplog):
+    run(student_of(), run_dir=tmp_path)
+    longer = replace(SHORT, steps=12, log_every=2)
+    caplog.set_level("INFO", "ulfine_fast")
+    result = run(student_of(), longer, run_dir=tmp_path, resume=True)
+    assert [record["step"] for record in result.history] == [3, 6, 8, 10, 12]
+    said = [record.getMessage() for record in caplog.records]
+    rate = engine_module.learning_rate(longer, 8)
+    assert said[0].startswith(
+        "the run was planned with 8 steps: after step 8 its learning rate goes from 0 to "
+    )
+    assert f"{rate:.3g}" in said[0]
+    assert said[1] == "going on after step 8 of 12"
+    with pytest.raises(CheckpointError, match="steps must be at least the 12 that are done, got 8"):
+        run(student_of(), run_dir=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("name", ["tower.layer.weight", "learner.head.linear"])

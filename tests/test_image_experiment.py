@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,7 +220,9 @@ def test_five_crops_are_the_mean_of_logits(images, clip, preset):
     found = next(iter(outcome.predictions.values()))
     assert torch.equal(found.label, label)
     assert torch.allclose(found.confidence, confidence, atol=1e-6)
-    single, _, _ = image_experiment.evaluate(student, data, pipeline, run.reader, world=World())
+    single, _, _ = image_experiment.evaluate(
+        student, data.test, data.test_labels, data.labelled_counts, pipeline, run.reader, world=World()
+    )
     assert single != outcome.metrics
 
 
@@ -361,17 +365,53 @@ def test_a_table_trains_as_its_folders(images, folder, clip, tmp_path):
     assert from_table.metrics == from_folders.metrics
 
 
-def test_a_run_is_evaluated_with_its_encoder_and_its_data_only(images, folder, tmp_path):
-    encoder = Encoder(model=tiny_clip(tmp_path / "clip"))
-    run = Run(images, encoder)
+def test_a_run_is_evaluated_with_its_encoder_only(images, tmp_path):
+    run = Run(images, Encoder(model=tiny_clip(tmp_path / "clip")))
     run(tmp_path / "run")
     tiny_clip(tmp_path / "clip", seed=1)
     with pytest.raises(CheckpointError, match="expected the encoder of the run, .*, got another one"):
         evaluate_run(tmp_path / "run", run.configuration)
-    tiny_clip(tmp_path / "clip")
-    grown = Run(replace(images, unlabelled=f"{folder}/known"), encoder)
-    with pytest.raises(CheckpointError, match="expected the data of the run, .*, got another one"):
-        evaluate_run(tmp_path / "run", grown.configuration)
+
+
+def test_a_finished_run_stands_without_its_training_images(clip, tmp_path):
+    photos(tmp_path / "photos")
+    places = {name: f"{tmp_path}/photos/{name}" for name in ("labelled", "unlabelled", "test")}
+    run = Run(Images(**places), Encoder(model=clip))
+    outcome = run(tmp_path / "run")
+    for name in ("labelled", "unlabelled"):
+        shutil.rmtree(places[name])
+    # one class less, so that those of the test images have other numbers among themselves
+    shutil.rmtree(f"{places['test']}/red_fox")
+    _, metrics = evaluate_run(tmp_path / "run", run.configuration)
+    assert metrics["fused"]["per_class"][0] is None
+    assert metrics["fused"]["per_class"][1:] == outcome.metrics["fused"]["per_class"][1:]
+    Path(f"{places['test']}/red_fox").mkdir()
+    shutil.copytree(f"{places['test']}/tree", f"{places['test']}/shrub")
+    with pytest.raises(ValueError, match="test images must be of the classes of the run, got shrub"):
+        evaluate_run(tmp_path / "run", run.configuration)
+    shutil.rmtree(places["test"])
+    with pytest.raises(FileNotFoundError, match="expected test of the run at .*: --at test=PATH"):
+        evaluate_run(tmp_path / "run", run.configuration)
+    export_run(tmp_path / "run", run.configuration, tmp_path / "head.safetensors")
+
+
+@pytest.mark.parametrize(("part", "change"), [("schedule", {"seed": 1}), ("method", {"threshold": 0.1})])
+def test_a_checkpoint_of_another_configuration_is_not_evaluated(images, clip, tmp_path, part, change):
+    run = Run(images, Encoder(model=clip))
+    run(tmp_path / "run")
+    other = run.configuration | {part: run.configuration[part] | change}
+    for use in (evaluate_run, partial(export_run, path=tmp_path / "head.safetensors")):
+        with pytest.raises(
+            CheckpointError, match=rf"got another one: {part}\.{next(iter(change))}: expected"
+        ):
+            use(tmp_path / "run", other)
+
+
+def test_a_head_is_exported_as_safetensors_only(images, clip, tmp_path):
+    run = Run(images, Encoder(model=clip))
+    run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"path must end in \.safetensors, got .*head\.onnx"):
+        export_run(tmp_path / "run", run.configuration, tmp_path / "head.onnx")
 
 
 @pytest.mark.parametrize(

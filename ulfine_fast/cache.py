@@ -17,9 +17,10 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -46,9 +47,26 @@ class CacheError(RuntimeError):
 
 
 def default_cache_dir() -> Path:
-    """The folder the environment variable ULFINE_CACHE names, else ~/.cache/ulfine-fast."""
+    """The folder the environment variable ULFINE_CACHE names, else ~/.cache/ulfine-fast.
+
+    A user without a home, as containers have them, gets a folder in that of temporary files. CacheError where
+    another user has made it.
+    """
     named = os.environ.get(CACHE_VARIABLE)
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "ulfine-fast"
+    if named:
+        return Path(named).expanduser()
+    try:
+        return Path.home() / ".cache" / "ulfine-fast"
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"ulfine-fast-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if folder.lstat().st_uid != os.getuid():
+        raise CacheError(
+            f"{folder}: expected a folder of this user, who has no home, got one of another;"
+            f" set {CACHE_VARIABLE} to a folder"
+        )
+    return folder
 
 
 def cached_features(

@@ -9,15 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINT = "checkpoint.safetensors"  # its name in the folder of a run
 
 
@@ -25,16 +30,60 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged, or belongs to another run."""
 
 
+class Terminated(SystemExit):
+    """SIGTERM asked the process to end; its code is 143."""
+
+
+def stop(number: int, frame: FrameType | None = None) -> NoReturn:
+    """Raise what stands for a signal: KeyboardInterrupt for SIGINT, Terminated for SIGTERM. A signal handler, too."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Terminated(128 + number)
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM within the block go into a list instead; after the first one they act at once again.
+
+    So a loop can end between two steps, where what it holds is whole. Only the main thread of a process can do
+    that: in another one the list stays empty. A signal that is ignored stays so.
+    """
+    caught: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # None: not set by Python, which could not set it back
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        restore()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; at the end of the block it is renamed onto `path`.
 
     Whoever reads `path` finds the old content or the new, never a part. If the block raises, `path` is
-    untouched and the temporary file is gone; an OSError names `path`.
+    untouched and the temporary file is gone; an OSError names `path`. A process that is killed leaves it: see
+    `temporaries`.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # no other process has this file, and no link leads elsewhere
+        temporary.touch(exist_ok=False)
         yield temporary
         with temporary.open("rb") as file:
             # the rename may reach the disk before the data does
@@ -46,6 +95,12 @@ def replacing(path: Path) -> Iterator[Path]:
         # without the folder there is no such file, and a place that cannot be written has none either
         with suppress(OSError):
             temporary.unlink()
+
+
+def temporaries(path: Path) -> list[Path]:
+    """The temporary files of all processes that write `path`, or were killed while they did."""
+    name = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]+{re.escape(path.suffix)}")
+    return [other for other in path.parent.iterdir() if name.fullmatch(other.name)]
 
 
 def digest(tensor: Tensor) -> str:

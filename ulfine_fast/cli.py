@@ -1,12 +1,14 @@
 """The command `ulfine-fast`: demo, train, finetune, evaluate, export, info.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage. Heavy modules are imported by the command that needs them, so
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM. Heavy modules are imported by the command that needs them, so
 that help comes at once.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,11 +29,21 @@ from ulfine_fast.terminal import (
     set_deterministic,
     set_threads,
     settings_of,
+    shown_log,
     usable_device,
 )
 
 Backend = Literal["auto", "reference", "cpp"]
 DATA, SCHEDULE = Data(), Schedule()
+At = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=PATH",
+        help="Where images or weights of a run of finetune lie, if they were moved: test, table, root, pretrained ..."
+        " Repeat for more.",
+        show_default="where they were; relative paths begin where the run began",
+    ),
+]
 
 
 app = typer.Typer(
@@ -86,6 +98,7 @@ def _known_or_all(names: list[str] | None) -> list[str]:
     epilog="Example: [bold]ulfine-fast demo --seeds 1[/bold]",
 )
 def demo(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
     method: Annotated[
@@ -104,9 +117,12 @@ def demo(
 
     The first run encodes 18,000 views (about 3 minutes on one core), later runs read them from the cache.
     """
+    from ulfine_fast import run_folder
+    from ulfine_fast.demo import run_demo
+
+    ctx.with_resource(run_folder.hold(out))
     _check_demo_folder(out)
     set_threads(threads)
-    from ulfine_fast.demo import run_demo
 
     chosen = {name: METHODS[name] for name in method}
     run_demo(
@@ -267,7 +283,8 @@ def train(
     from ulfine_fast import experiment, report, run_folder
     from ulfine_fast.backend import use_backend
 
-    run_folder.check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
+    ctx.with_resource(shown_log())
+    ctx.with_resource(run_folder.reserve(run_dir, configuration, resume=resume, overwrite=overwrite))
     chosen_device = usable_device(device)
     console = make_console()
     console.print(f"Back end: {_backend(backend, chosen_device)}")
@@ -312,13 +329,14 @@ def evaluate(
         Literal["single", "five"] | None,
         typer.Option(help="Views of a test image, for a run of finetune.", show_default="those of the run"),
     ] = None,
+    at: At = None,
     threads: Threads = 0,
 ) -> None:
     """Load the checkpoint of a run, evaluate it on the test set, write evaluation.json."""
     set_threads(threads)
     from ulfine_fast import experiment, report, run_folder
 
-    configuration = run_folder.read_configuration(run_dir)
+    configuration = run_folder.located(run_folder.read_configuration(run_dir), at or ())
     chosen_device = usable_device(device)
     reading = ""
     if "images" in configuration:
@@ -352,18 +370,26 @@ def evaluate(
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Folder that finetune wrote.", metavar="RUN_DIR")],
     out: Annotated[Path, typer.Argument(help="The file to write, .safetensors.", metavar="FILE")],
+    at: At = None,
 ) -> None:
     """Write the head of a run as one linear layer: logits = weight @ unit(feature).
 
-    The file has weight [C, D], centre [D] for an encoder that has one, and the class names.
+    The file has weight [C, D], centre [D] for an encoder that has one, and the class names; not the encoder, tuned
+    or not.
     """
     from ulfine_fast import image_experiment, run_folder
 
-    configuration = run_folder.read_configuration(run_dir)
+    configuration = run_folder.located(run_folder.read_configuration(run_dir), at or ())
     if "images" not in configuration:
         raise ValueError(f"{run_dir}: expected a run of finetune, got one on cached features")
     image_experiment.export_run(run_dir, configuration, out)
-    make_console().print(f"Wrote {out}")
+    console, tuning = make_console(), configuration["schedule"]["tuning"]
+    console.print(f"Wrote {out}")
+    if tuning != "linear_probe":
+        console.print(
+            f"Note: the encoder was tuned, too ({tuning}), and is not in the file. This head fits the features of the"
+            f" tuned encoder, which {run_dir} has, and not those of {configuration['encoder']['model']} as it comes."
+        )
 
 
 @app.command(epilog="Example: [bold]ulfine-fast info --json[/bold]")
@@ -455,19 +481,18 @@ def _backend(requested: str, device: str) -> str:
 
 
 def _check_demo_folder(out: Path) -> None:
-    """Raise unless `out` holds nothing but what an earlier demo left, and can be written."""
-    from ulfine_fast import run_folder
-    from ulfine_fast.report import PICTURES
+    """Raise unless `out`, which is held, has nothing in it but what an earlier demo left."""
+    from ulfine_fast.run_folder import LOCK, REPORTS
 
-    own = {"metrics.json", "predictions.csv", *PICTURES}
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out}: expected a folder, got a file")
-    others = sorted(path.name for path in out.iterdir() if path.name not in own) if out.exists() else []
+    others = sorted(path.name for path in out.iterdir() if path.name not in (LOCK, *REPORTS))
     if others:
         raise FileExistsError(f"{out}: expected an empty folder or that of a demo, got {others[0]} in it")
-    run_folder.check_writable(out)
 
 
 def main() -> None:
     """Entry point of the command."""
+    # a service may have no standard streams
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (open to the end)
     app(prog_name="ulfine-fast")

@@ -188,6 +188,11 @@ def method(name: str) -> Method:
     return METHODS[name]
 
 
+def kept_when_continued(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a schedule that a run cannot change when it goes on."""
+    return {name: value for name, value in schedule.items() if name not in ("steps", "log_every", "shard")}
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a head is trained: batches, optimizer, length, seed."""
@@ -209,6 +214,10 @@ class Schedule:
         _at_least(self, 0, "steps", "unlabelled_batch", "weight_decay", "seed")
         _above_zero(self, "labelled_batch", "log_every", "learning_rate")
         _one_of(self, "optimizer", ("sgd", "adamw"))
+
+    def identity(self) -> dict[str, Any]:
+        """What a run keeps when it goes on: all but its length and its reports."""
+        return kept_when_continued(asdict(self))
 
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -335,8 +344,8 @@ class FineTuning:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
 
     def identity(self) -> dict[str, Any]:
-        """What a run keeps when it goes on: all but how processes share its memory."""
-        return {name: value for name, value in asdict(self).items() if name != "shard"}
+        """What a run keeps when it goes on: all but its length, its reports and how processes share its memory."""
+        return kept_when_continued(asdict(self))
 
 
 @dataclass(frozen=True)

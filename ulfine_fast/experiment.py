@@ -79,13 +79,14 @@ def evaluate_run(
 ) -> tuple[int, dict[str, dict[str, Any]]]:
     """Steps and metrics by branch of the run in `run_dir`, from its checkpoint.
 
-    Raises FileNotFoundError without a checkpoint, ValueError for a configuration that is not of such a run.
+    Raises FileNotFoundError without a checkpoint, CheckpointError for one of another run, ValueError for a
+    configuration that is not of such a run.
     """
     try:
         choice, method = Data(**configuration["data"]), Method(**configuration["method"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{run_dir / CONFIG}: {error}") from error
-    tensors, record = load_run(run_dir)
+    tensors, record = load_run(run_dir, configuration)
     data = load_data(choice)
     head = build_head(data.prototypes, replace(method, eta=record["method"]["eta"], eta_folds=0))
     load_head(head, tensors)

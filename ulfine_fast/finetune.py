@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from ulfine_fast.checkpoint import (
     CHECKPOINT,
     CheckpointError,
+    deferred_signals,
     digest,
     digest_of,
     load_checkpoint,
     save_checkpoint,
+    stop,
 )
 from ulfine_fast.config import FineTuning
 from ulfine_fast.distributed import (
@@ -55,7 +57,9 @@ from ulfine_fast.trainer import (
     learning_rate,
     load_optimizer,
     optimizer_tensors,
-    progress_bar,
+    reporting,
+    resumed,
+    run_record,
     set_learning_rate,
 )
 
@@ -115,6 +119,7 @@ class StepReport(NamedTuple):
     label: Tensor  # [B_u] int64 pseudo-labels of all processes
     keep: Tensor  # [B_u] bool
     truth: Tensor  # [B_u] int64, -1 unknown
+    copies: Tensor  # [B_u] bool, of labelled images
     rows: tuple[int, int]  # rows of this process: encoded, and of these with gradient
 
 
@@ -200,6 +205,8 @@ class Engine:
         self.scale_age = torch.zeros((), dtype=torch.int32, device=self.device)
         self.asked: dict[int, list[tuple[Any, Any]]] = {}
         self.ahead: Look | None = None
+        # the learner before its start, until the first step is done
+        self.before: dict[str, Tensor] = {}
 
     def slots(self, batch: int, part: int) -> range:
         """Places of this process in part `part` of a batch of `batch`."""
@@ -236,6 +243,7 @@ class Engine:
         answers = [weak() for _, weak in requests]
         features = [self.student.encode(images) for images, _ in answers]
         if step == 0:
+            self.before = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()}
             self.learner.start(gather_rows([torch.stack(features)], self.world)[0])
         parts, kept = [], []
         for part, (labelled, _) in enumerate(requests):
@@ -281,6 +289,9 @@ class Engine:
         pseudo = Pseudo(*flat[:3], tuple(flat[3:]))
         copies = self.views.unlabelled_is_labelled[places]
         self.learner.advance(features, labels, weak, pseudo, finite, copies)
+        for name, tensor in self.learner.state_dict().items() if self.before else ():
+            tensor.copy_(torch.where(finite, tensor, self.before[name]))
+        self.before = {}
         if self.mean_weights:
             share = torch.where(finite, 1.0 - self.schedule.ema, 0.0)
             for name, mean in self.mean_weights.items():
@@ -291,6 +302,7 @@ class Engine:
             pseudo.label,
             pseudo.weight > 0,
             self.views.unlabelled_truth[places],
+            copies,
             (encoded, trained),
         )
 
@@ -407,47 +419,56 @@ def finetune(
         resume: continue from the checkpoint in `run_dir` if there is one. The result is bit by bit that of a run
             without interruption with the same number of processes and threads on the same machine; another number
             of processes may go on, too, and with or without `schedule.shard`, and rounds differently.
-        checkpoint_every: steps between two checkpoints; one more is written at the end.
-        progress: show a progress bar on a terminal.
+        checkpoint_every: steps between two checkpoints; one more is written at the end and, without
+            `schedule.look_ahead`, one after the step in which SIGINT or SIGTERM comes (of several processes: the next
+            step at which they meet, at most 20 later).
+        progress: show a progress bar on a terminal, and elsewhere log lines of level INFO.
 
     Returns:
         TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate, loss (nats,
         mean of the processes), images_per_second (labelled and unlabelled images of all processes), rows_encoded and
         rows_trained by this process per step since the last record, skipped, and with unlabelled images pseudo_labels
-        (see `pseudo_label_metrics`, over the steps since the last record); the last record the learner's
-        `distribution`, too.
+        (see `pseudo_label_metrics`, over the steps since the last record, without copies of labelled images); the last
+        record the learner's `distribution`, too.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another run. ValueError: batches that the processes cannot
-        share, or nothing that `shard` could split them over. RuntimeError: 20 steps in a row were not finite (the run
-        stops at its next record, checkpoint or multiple of 20), or the processes do not agree.
+        CheckpointError: the checkpoint is damaged, of another run or of more steps. ValueError: batches that the
+        processes cannot share, or nothing that `shard` could split them over. RuntimeError: 20 steps in a row were not
+        finite (the run stops at its next record, checkpoint or multiple of 20), or the processes do not agree.
+        KeyboardInterrupt, Terminated: a signal stopped it.
     """
     world = world or World()
     engine = Engine(student, views, schedule, world)
-    result = TrainResult()
+    result, skips = TrainResult(), torch.zeros(3, dtype=torch.int64)
     path = None if run_dir is None else Path(run_dir) / CHECKPOINT
     identity = {**(identity or {}), "schedule": schedule.identity()}
     if schedule.look_ahead:
         # a step after a checkpoint does not look ahead, so that none of that has to be saved
         identity["checkpoint_every"] = checkpoint_every
     if resume and path is not None and path.exists():
-        result = _restore(path, identity, engine)
+        result, skips = _restore(path, identity, engine)
     if world.size > 1:
         # folders differ between machines, and a checkpoint may be on one of them only
-        beginning = digest_of({}, json.dumps([identity, result.steps]))
+        beginning = digest_of({}, json.dumps([identity, schedule.steps, result.steps]))
         check_equal(beginning, "data, encoder, method and first step", world, engine.device)
     few = torch.from_numpy(groups_by_rank(np.asarray(labelled_counts)) == "few").to(engine.device)
-    window = _Window(result.skipped, engine.device)
+    window = _Window(skips.to(engine.device))
     started = time.perf_counter() - result.seconds
-    with progress_bar(result.steps, schedule.steps, progress and world.leads) as bar:
+    showing = progress and world.leads
+    with (
+        reporting(result.steps, schedule.steps, showing) as report_progress,
+        deferred_signals() as signals,
+    ):
         for step in range(result.steps, schedule.steps):
             done = step + 1
             saves = path is not None and (done % checkpoint_every == 0 or done == schedule.steps)
             report = engine.step(step, alone=saves)
             window.add(report)
             logs = done % schedule.log_every == 0 or done == schedule.steps
-            if logs or saves or done % MOST_SKIPS == 0:
+            waits = logs or saves or done % MOST_SKIPS == 0
+            if waits:
                 result.skipped = window.skipped(step)
+            shown = None
             if logs:
                 record = window.record(engine, step, few)
                 if result.history:
@@ -455,24 +476,29 @@ def finetune(
                     result.history[-1].pop("distribution", None)
                 result.history.append(record)
                 acceptance = record.get("pseudo_labels", {}).get("fused", {}).get("acceptance")
-                kept = {} if acceptance is None else {"kept": f"{acceptance:.0%}"}
-                bar.set_postfix(
-                    loss=f"{record['loss']:.3f}" if record["loss"] is not None else "-", **kept, refresh=False
-                )
+                shown = {"loss": record["loss"]}
+                shown |= {} if acceptance is None else {"kept": f"{acceptance:.0%}"}
                 if world.size > 1:
                     check_equal(engine.checksum(), "weights and state", world, engine.device)
-            bar.update()
             result.steps = done
-            if saves:
+            report_progress(done, shown)
+            ends = signals[0] if signals else 0
+            if world.size > 1:
+                # all of them end after the same step, one at which the host waits anyway
+                ends = int(largest(torch.tensor(ends, device=engine.device), world)) if waits else 0
+            # what was looked ahead is in no checkpoint: such a run goes on from the one before
+            if saves or (ends and path is not None and not schedule.look_ahead):
                 tensors = engine.whole_tensors()
                 if world.leads:
                     result.seconds = time.perf_counter() - started
-                    _save(path, tensors, identity, result)
+                    _save(path, tensors, identity, schedule, window.skips, result)
+            if ends:
+                stop(ends)
     result.seconds = time.perf_counter() - started
     if path is not None and not schedule.steps:
         tensors = engine.whole_tensors()
         if world.leads:
-            _save(path, tensors, identity, result)
+            _save(path, tensors, identity, schedule, window.skips, result)
     if engine.mean_weights:
         with torch.no_grad():
             for name, tensor in engine.mean_weights.items():
@@ -483,9 +509,8 @@ def finetune(
 class _Window:
     """What the steps since the last record said."""
 
-    def __init__(self, skipped: int, device: torch.device) -> None:
-        # in a row, the longest row, all
-        self.skips = torch.tensor([0, 0, skipped], device=device)
+    def __init__(self, skips: Tensor) -> None:
+        self.skips = skips  # see `count_skips`
         self.clear()
 
     def clear(self) -> None:
@@ -520,12 +545,16 @@ class _Window:
             "skipped": self.skipped(step),
         }
         if engine.semi:
-            label, keep, truth = (
-                torch.cat([getattr(r, name) for r in self.reports]) for name in ("label", "keep", "truth")
+            label, keep, truth, copies = (
+                torch.cat([getattr(r, name) for r in self.reports])
+                for name in ("label", "keep", "truth", "copies")
             )
+            # their labels were trained on
+            label, keep, truth = label[~copies], keep[~copies], truth[~copies]
             quality = pseudo_label_metrics(label, keep, truth, few)
-            # also where no truth is known
-            quality["acceptance"] = float(keep.float().mean())
+            if len(keep):
+                # also where no truth is known
+                quality["acceptance"] = float(keep.float().mean())
             record["pseudo_labels"] = {"fused": quality}
             estimate = engine.learner.distribution()
             if estimate is not None:
@@ -535,13 +564,18 @@ class _Window:
 
 
 def _save(
-    path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any], result: TrainResult
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    identity: Mapping[str, Any],
+    schedule: FineTuning,
+    skips: Tensor,
+    result: TrainResult,
 ) -> None:
-    record = {**identity, "steps": result.steps, "seconds": result.seconds, "skipped": result.skipped}
-    save_checkpoint(path, tensors, {**record, "history": result.history})
+    save_checkpoint(path, {**tensors, "skips": skips}, {**identity, **run_record(schedule, result)})
 
 
-def _restore(path: Path, identity: Mapping[str, Any], engine: Engine) -> TrainResult:
+def _restore(path: Path, identity: Mapping[str, Any], engine: Engine) -> tuple[TrainResult, Tensor]:
     tensors, record = load_checkpoint(path, identity)
+    result = resumed(path, record, engine.schedule, tensors["skips"])
     engine.load(tensors)
-    return TrainResult(record["history"], record["seconds"], record["steps"], record["skipped"])
+    return result, tensors["skips"]

@@ -21,6 +21,7 @@ from ulfine_fast.terminal import (
     print_metrics,
     set_deterministic,
     set_threads,
+    shown_log,
     usable_device,
 )
 
@@ -527,14 +528,17 @@ def finetune(
         "encoder": asdict(encoder),
         "name": method,
         "method": asdict(chosen),
-        "schedule": schedule.identity(),
+        "schedule": asdict(schedule),
         "crops": crops or preset.crops,
+        # where relative paths begin
+        "began_in": str(Path.cwd()),
     }
     if chosen_device == "cuda":
         torch.cuda.set_device(here.local_rank)
     with process_group(here, torch.device(chosen_device)):
+        ctx.with_resource(shown_log(quiet=not here.leads))
         if here.leads:
-            run_folder.check_claim(run_dir, configuration, resume=resume, overwrite=overwrite)
+            ctx.with_resource(run_folder.reserve(run_dir, configuration, resume=resume, overwrite=overwrite))
         console = make_console(quiet=not here.leads)
         data = image_experiment.load_images(images)
         rows = image_experiment.class_rows(data)

@@ -25,14 +25,14 @@ from ulfine_fast.distributed import World, gather_octets, gather_rows, whole
 from ulfine_fast.experiment import UNITS, curve, surroundings
 from ulfine_fast.features import FeatureData
 from ulfine_fast.finetune import Student, encode, finetune, load_tuned_tensors, tuned_tensors
-from ulfine_fast.image_data import UNKNOWN, ImageData
+from ulfine_fast.image_data import UNKNOWN, ImageData, shortened
 from ulfine_fast.image_folders import folder_data
 from ulfine_fast.image_tables import list_data, table_data
 from ulfine_fast.imagenet127 import imagenet127_data
 from ulfine_fast.images import ChosenImages, ImageSource, ReadReport
 from ulfine_fast.learners import LEARNERS, Config, DualConfig, build_learner
 from ulfine_fast.loader import ViewLoader, default_workers, evaluation_batches
-from ulfine_fast.run_folder import CONFIG, load_run
+from ulfine_fast.run_folder import CONFIG, PLACES, load_run
 from ulfine_fast.splits import ClassRow, first_per_class, groups_by_rank
 from ulfine_fast.towers import Tower, load_tower
 from ulfine_fast.trainer import Predictions, TrainResult
@@ -187,14 +187,17 @@ def build_student(
         prototypes = _class_means(encode_images, data, reader, random)
     if isinstance(method, DualConfig) and method.eta_folds:
         method = _settled(encode_images, data, method, schedule, reader, prototypes)
-    return _tuned(tower, prototypes, data, method, schedule)
+    return _tuned(tower, prototypes, torch.from_numpy(data.labelled_counts), method, schedule)
 
 
 def _tuned(
-    tower: Tower, prototypes: Tensor, data: ImageData, method: DualConfig | Config, schedule: FineTuning
+    tower: Tower, prototypes: Tensor, counts: Tensor, method: DualConfig | Config, schedule: FineTuning
 ) -> Student:
-    """`tower` with the modules of its tuning in place, and the learner of `method` on these prototypes."""
-    seed, counts = schedule.seed, torch.from_numpy(data.labelled_counts)
+    """`tower` with the modules of its tuning in place, and the learner of `method` on these prototypes.
+
+    counts: [C] int64 labelled images of each class.
+    """
+    seed = schedule.seed
     tune(
         tower,
         schedule.tuning,
@@ -310,7 +313,14 @@ def run(
         randaugment_on_device=schedule.augment_on_device,
         on_unreadable=lambda _: None,
     )
-    identity = {"method": asdict(method), "encoder": tower.fingerprint, "data": data.identity}
+    identity = {
+        "method": asdict(method),
+        "encoder": tower.fingerprint,
+        "data": data.identity,
+        # for `evaluate_run` and `export_run`, which have no training images
+        "class_names": list(data.class_names),
+        "labelled_counts": data.labelled_counts.tolist(),
+    }
     if isinstance(method, DualConfig):
         # where it was chosen before training, the choice
         identity["eta"] = student.learner.config.eta
@@ -327,7 +337,9 @@ def run(
             checkpoint_every=checkpoint_every,
             progress=progress,
         )
-    metrics, predictions, readable = evaluate(student, data, pipeline, reader, crops=crops, world=world)
+    metrics, predictions, readable = evaluate(
+        student, data.test, data.test_labels, data.labelled_counts, pipeline, reader, crops=crops, world=world
+    )
     for record in gather_octets(json.dumps(data.report.record()).encode(), world, place):
         data.report.add(json.loads(record))
     trained = {name: whole(tensor, world).cpu() for name, tensor in tuned_tensors(student).items()}
@@ -342,7 +354,9 @@ def chosen_eta(student: Student) -> float | None:
 
 def evaluate(
     student: Student,
-    data: ImageData,
+    images: ImageSource,
+    labels: np.ndarray,
+    labelled_counts: np.ndarray,
     pipeline: Pipeline,
     reader: Reader,
     *,
@@ -350,6 +364,8 @@ def evaluate(
     world: World,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Predictions], np.ndarray]:
     """Metrics and predictions of every branch on the test images that can be read, and which these are, [n_t] bool.
+
+    labels: [n_t] int64 of `images`. labelled_counts: [C], for the groups of the metrics.
 
     Each process encodes its share of the images; all return the same. ValueError for other crops than "single" and
     "five".
@@ -360,16 +376,16 @@ def evaluate(
     if crops == "five":
         five = partial(five_crops, size=tower.size, patch=tower.patch, resampling=pipeline.resampling)
         reader = replace(reader, views=five)
-    count = len(data.test)
+    count = len(images)
     share = -(-count // world.size)
     # the last process reads some images again, so that all have as many
     rows = np.minimum(np.arange(world.rank * share, (world.rank + 1) * share), count - 1)
-    features, readable = reader.features(student.encode, data.test, rows)
+    features, readable = reader.features(student.encode, images, rows)
     columns = [features.to(reader.device)[None], torch.from_numpy(readable).to(reader.device)[None]]
     features, mask = (column[:count].cpu() for column in gather_rows(columns, world))
     predictions = evaluation.predict(student.learner, features[mask])
-    labels = torch.from_numpy(data.test_labels)[mask]
-    return evaluation.metrics(predictions, labels, data.labelled_counts), predictions, mask.numpy()
+    truth = torch.from_numpy(labels)[mask]
+    return evaluation.metrics(predictions, truth, labelled_counts), predictions, mask.numpy()
 
 
 def write_run(run_dir: Path, configuration: Mapping[str, Any], data: ImageData, outcome: Outcome) -> None:
@@ -421,33 +437,62 @@ def write_run(run_dir: Path, configuration: Mapping[str, Any], data: ImageData, 
     )
 
 
-def _load_run(
+def _load_student(
     run_dir: Path, configuration: Mapping[str, Any], place: torch.device
-) -> tuple[int, Student, ImageData]:
-    """Steps, student and images of the run in `run_dir`."""
+) -> tuple[dict[str, Any], Student]:
+    """Record of the checkpoint in `run_dir` and the student in it, without any image."""
     try:
-        images, encoder = Images(**configuration["images"]), dict(configuration["encoder"])
+        encoder = dict(configuration["encoder"])
         templates = encoder.pop("templates")
         encoder = Encoder(**encoder, templates=None if templates is None else tuple(templates))
         schedule = FineTuning(**configuration["schedule"])
         method = replace(LEARNERS[PRESETS[configuration["name"]].learner], **configuration["method"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run_dir / CONFIG}: {error}") from error
-    tensors, record = load_run(run_dir)
+    tensors, record = load_run(run_dir, configuration)
     if isinstance(method, DualConfig) and method.eta_folds:
         method = replace(method, eta=record["eta"], eta_folds=0)
-    data = load_images(images)
     tower = _tower(encoder, place, schedule.seed)
-    # frozen weights are not in the checkpoint, and another list of classes may be as long
-    for name, now in (("encoder", tower.fingerprint), ("data", data.identity)):
-        if record[name] != now:
-            raise CheckpointError(
-                f"{run_dir}: expected the {name} of the run, {record[name][:12]}, got another one, {now[:12]}"
-            )
+    # frozen weights are not in the checkpoint
+    if record["encoder"] != tower.fingerprint:
+        raise CheckpointError(
+            f"{run_dir}: expected the encoder of the run, {record['encoder'][:12]}, got another one,"
+            f" {tower.fingerprint[:12]}"
+        )
+    counts = torch.tensor(record["labelled_counts"])
     # first prototypes do not matter: those of the checkpoint take their place
-    student = _tuned(tower, torch.eye(len(data.class_names), tower.dim), data, method, schedule)
+    student = _tuned(tower, torch.eye(len(counts), tower.dim), counts, method, schedule)
     load_tuned_tensors(student, tensors, averaged=True)
-    return record["steps"], student, data
+    return record, student
+
+
+def _load_test(
+    run_dir: Path, configuration: Mapping[str, Any], class_names: Sequence[str]
+) -> tuple[ImageSource, np.ndarray]:
+    """The test images of a run, and their classes among those of the run."""
+    try:
+        choice = Images(**configuration["images"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run_dir / CONFIG}: {error}") from error
+    for name in PLACES["images"]:
+        # folders of training images may be gone
+        path = None if name in ("labelled", "unlabelled") else getattr(choice, name)
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(
+                f"{run_dir}: expected {name} of the run at {path}, got nothing there; relative paths begin in"
+                f" {configuration.get('began_in', '.')}; say where it is: --at {name}=PATH"
+            )
+    if choice.test is not None:
+        choice = replace(choice, labelled=choice.test, unlabelled=None)
+    data = load_images(choice)
+    if data.class_names == tuple(class_names):
+        return data.test, data.test_labels
+    unknown = [name for name in data.class_names if name not in class_names]
+    if unknown:
+        raise ValueError(
+            f"{run_dir}: test images must be of the classes of the run, got {shortened(unknown)}"
+        )
+    return data.test, np.array([class_names.index(name) for name in data.class_names])[data.test_labels]
 
 
 def evaluate_run(
@@ -455,32 +500,48 @@ def evaluate_run(
 ) -> tuple[int, dict[str, dict[str, Any]], str]:
     """Steps and metrics by branch of the run in `run_dir`, from its checkpoint, and which images cannot be read.
 
-    crops None: those of the run.
+    crops None: those of the run. Reads the test images alone, where they lie in folders of their own. Raises
+    FileNotFoundError where there is no checkpoint or nothing at a path of `configuration`, see `run_folder.located`;
+    CheckpointError for the checkpoint or the encoder of another run; ValueError for test images of other classes.
     """
     place = torch.device(device)
-    steps, student, data = _load_run(run_dir, configuration, place)
+    record, student = _load_student(run_dir, configuration, place)
+    images, labels = _load_test(run_dir, configuration, record["class_names"])
     pipeline = build_pipeline(configuration["schedule"]["pipeline"])
     views = partial(test_views, pipeline=pipeline, size=student.tower.size)
     reader = Reader(views, student.tower.size, default_workers(), place)
-    crops = crops or configuration["crops"]
-    metrics, _, _ = evaluate(student, data, pipeline, reader, crops=crops, world=World())
-    return steps, metrics, reader.report.summary()
+    metrics, _, _ = evaluate(
+        student,
+        images,
+        labels,
+        np.array(record["labelled_counts"]),
+        pipeline,
+        reader,
+        crops=crops or configuration["crops"],
+        world=World(),
+    )
+    return record["steps"], metrics, reader.report.summary()
 
 
 def export_run(run_dir: Path, configuration: Mapping[str, Any], path: Path) -> None:
-    """`export_head` of the run in `run_dir`."""
-    _, student, data = _load_run(run_dir, configuration, torch.device("cpu"))
-    export_head(path, student, data.class_names)
+    """`export_head` of the run in `run_dir`; no image is read."""
+    record, student = _load_student(run_dir, configuration, torch.device("cpu"))
+    export_head(path, student, record["class_names"])
 
 
 def export_head(path: Path, student: Student, class_names: Sequence[str]) -> None:
     """Write the head as one linear layer, a safetensors file: logits = weight @ unit(feature).
 
     Tensors: weight float32 [C, D] and, of a tower that has one, centre float32 [D], which its features have had
-    subtracted. Metadata: class_names as JSON. ValueError for a method whose prediction is no such layer.
+    subtracted. Metadata: class_names as JSON. ValueError for a method whose prediction is no such layer, and for a
+    path that does not end in .safetensors.
+
+    Of an encoder that was tuned nothing is written: the layer fits the features of the tuned one alone.
     """
     from safetensors.torch import save
 
+    if path.suffix != ".safetensors":
+        raise ValueError(f"export_head: path must end in .safetensors, got {path}")
     folded = student.learner.folded()
     if folded is None:
         raise ValueError(

@@ -2,47 +2,171 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import logging
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ulfine_fast.checkpoint import CHECKPOINT, first_difference, load_checkpoint
-from ulfine_fast.report import write_json
+from ulfine_fast.checkpoint import (
+    CHECKPOINT,
+    CheckpointError,
+    first_difference,
+    load_checkpoint,
+    temporaries,
+)
+from ulfine_fast.config import kept_when_continued
+from ulfine_fast.report import PICTURES, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+LOGGER = logging.getLogger(__name__)
 CONFIG, EVALUATION = "config.json", "evaluation.json"
+REPORTS = ("metrics.json", "predictions.csv", *PICTURES)
+LOCK = ".lock"
+# Where images and weights lie; what they are is in the identity of a checkpoint.
+PLACES = {
+    "images": (
+        "labelled", "unlabelled", "test", "table", "root", "train_list", "test_list", "imagenet127", "superclasses",
+        "class_names",
+    ),
+    "encoder": ("model", "pretrained"),
+}  # fmt: skip
 
 
-def check_claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Raise unless `run_dir` may become, or is, the folder of `configuration`."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise FileExistsError(f"{run_dir}: expected a run folder or none, got a file")
-    check_writable(run_dir)
-    if overwrite:
-        # what is there may be damaged: it is not read
-        return
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Be the one process that writes reports and checkpoints into `folder`, for the length of the block.
+
+    The folder is made if need be, and removed again if it is left empty. What killed processes left half written is
+    removed: whoever was to finish it held the folder. The hold of a process ends with it, however it ends. Raises
+    FileExistsError, naming the process, where another one holds the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: expected a folder or none, got a file")
+    check_writable(folder)
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    try:
+        for name in (CHECKPOINT, CONFIG, *REPORTS):
+            for path in temporaries(folder / name):
+                path.unlink()
+        yield
+    finally:
+        # while it is held: another process may have made the next one at once
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def _lock(folder: Path) -> int:
+    """Descriptor of the lock of `folder`, held until it is closed."""
+    path = folder / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 1000).decode(errors="replace")
+            os.close(descriptor)
+            raise FileExistsError(
+                f"{folder}: expected a folder that no other run works in, got {owner or 'another process'} at work;"
+                " choose another --out, or wait"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            LOGGER.warning("%s: this file system has no locks: start no other run in this folder", folder)
+        with suppress(FileNotFoundError):
+            # the process that held it may have removed it since it was opened
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+        os.close(descriptor)
+
+
+@contextmanager
+def reserve(run_dir: Path, configuration: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """`hold` `run_dir` where it may become, or is, the folder of `configuration`; nothing else is written.
+
+    A run that goes on keeps its method, schedule and split. It may be longer, report at other steps, and find images
+    and weights at another place.
+    """
+    with hold(run_dir):
+        # with `overwrite` it is not read: what is there may be damaged
+        if not overwrite:
+            _check_claim(run_dir, configuration, resume)
+        yield
+
+
+def _check_claim(run_dir: Path, configuration: dict[str, Any], resume: bool) -> None:
     if (run_dir / CONFIG).exists():
-        difference = first_difference(read_configuration(run_dir), configuration)
+        kept = _kept if resume else dict
+        saved, now = (
+            {name: value for name, value in kept(record).items() if name != "began_in"}
+            for record in (read_configuration(run_dir), configuration)
+        )
+        difference = first_difference(saved, now)
         if difference:
             raise FileExistsError(
                 f"{run_dir} holds another run: {difference}\nchoose another --out, or --overwrite it"
             )
     elif resume:
         raise FileNotFoundError(f"--resume: expected a run in {run_dir}, got no {CONFIG}")
-    elif run_dir.exists() and any(run_dir.iterdir()):
+    elif any(path.name != LOCK for path in run_dir.iterdir()):
         raise FileExistsError(f"{run_dir}: expected a run folder or an empty one, got something else")
+
+
+def located(configuration: Mapping[str, Any], at: Sequence[str] = ()) -> dict[str, Any]:
+    """`configuration` with the places of its images and weights as they are from here.
+
+    at: NAME=PATH for what was moved. Other relative paths are looked for where the run began. ValueError for a NAME
+    that the run has no path by.
+    """
+    given = dict(text.split("=", 1) for text in at if "=" in text)
+    here = dict(configuration)
+    for part, names in PLACES.items():
+        fields = dict(here.get(part, {}))
+        for name in fields.keys() & set(names):
+            there = Path(here.get("began_in", "."), fields[name] or "")
+            if name in given:
+                fields[name] = given.pop(name)
+            elif fields[name] is not None and there.exists():
+                fields[name] = str(there)
+        if part in here:
+            here[part] = fields
+    if given or len(at) != sum("=" in text for text in at):
+        known = [name for part, names in PLACES.items() if part in here for name in names]
+        raise ValueError(
+            f"--at: expected NAME=PATH with one of {', '.join(known) or 'none'}, got {', '.join(at)}"
+        )
+    return here
+
+
+def _kept(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration a run keeps when it goes on."""
+    kept = {**configuration, "schedule": kept_when_continued(configuration["schedule"])}
+    for part, places in PLACES.items():
+        if part in kept:
+            kept[part] = {name: value for name, value in kept[part].items() if name not in places}
+    return kept
 
 
 @contextmanager
 def claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool) -> Iterator[None]:
-    """Make `run_dir` the folder of `configuration`; checkpoint and evaluation stay only to be resumed.
+    """Make `run_dir`, which is reserved, the folder of `configuration`; checkpoint and evaluation stay only to be resumed.
 
-    An error within the block that comes before the first checkpoint leaves the folder to any other run.
+    A block that ends with an error or a signal before the first checkpoint leaves the folder to any other run.
     """
     new = not (run_dir / CONFIG).exists()
     if not resume:
@@ -51,12 +175,9 @@ def claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool) -> Iter
     write_json(run_dir / CONFIG, configuration)
     try:
         yield
-    except Exception:
+    except BaseException:
         if new and not (run_dir / CHECKPOINT).exists():
             (run_dir / CONFIG).unlink(missing_ok=True)
-            # what else is there stays
-            with suppress(OSError):
-                run_dir.rmdir()
         raise
 
 
@@ -79,11 +200,26 @@ def read_configuration(run_dir: Path) -> dict[str, Any]:
     return configuration
 
 
-def load_run(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of the checkpoint in `run_dir`; FileNotFoundError where there is none yet."""
-    if not (run_dir / CHECKPOINT).exists():
+def load_run(run_dir: Path, configuration: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of the checkpoint in `run_dir`; FileNotFoundError where there is none yet.
+
+    CheckpointError where its method or schedule is not that of `configuration`.
+    """
+    path = run_dir / CHECKPOINT
+    if not path.exists():
         raise FileNotFoundError(f"{run_dir}: expected {CHECKPOINT}, got none; finish the run with --resume")
-    return load_checkpoint(run_dir / CHECKPOINT)
+    tensors, record = load_checkpoint(path)
+    method = dict(configuration["method"])
+    if method.get("eta_folds"):
+        # the record has the eta that was chosen
+        method |= {name: record["method"][name] for name in ("eta", "eta_folds")}
+    expected = {"method": method, "schedule": configuration["schedule"]}
+    # a record has no more than what decides
+    now = {part: {name: fields.get(name) for name in record[part]} for part, fields in expected.items()}
+    difference = first_difference(now, {part: record[part] for part in expected})
+    if difference:
+        raise CheckpointError(f"{path}: expected the checkpoint of {CONFIG}, got another one: {difference}")
+    return tensors, record
 
 
 def check_writable(folder: Path) -> None:

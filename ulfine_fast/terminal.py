@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
+from ulfine_fast.checkpoint import CHECKPOINT, Terminated, stop
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+SIGINT_CODE, SIGTERM_CODE = 130, 143
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 PANEL_DATA, PANEL_ENCODER, PANEL_TRAINING, PANEL_RUN = "Data", "Encoder", "Training", "Run"
 Device = Literal["auto", "cpu", "cuda"]
@@ -22,10 +31,12 @@ Threads = Annotated[int, typer.Option(min=0, help=THREADS_HELP)]
 
 
 class Commands(TyperGroup):
-    """Turns failures into one or two lines and exit code 1."""
+    """Turns failures into one or two lines and exit code 1, SIGINT and SIGTERM into a line and 130 and 143."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
+        if threading.current_thread() is threading.main_thread():
+            ctx.call_on_close(partial(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop)))
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
@@ -36,10 +47,13 @@ class Commands(TyperGroup):
                 if repr(problem["input"]) not in error.message:
                     error.message += f", got {problem['input']}"
             raise
-        except KeyboardInterrupt:
-            again = "; nothing was half written, run the same command again"
-            say("stopped by Ctrl-C" + (how_to_resume(ctx) or again))
-        except FAILURES as error:
+        except (KeyboardInterrupt, Terminated, *FAILURES) as error:
+            code = _stopped_by(error)
+            if code:
+                again = "; nothing was half written, run the same command again"
+                by = "SIGTERM" if code == SIGTERM_CODE else "Ctrl-C"
+                say(f"stopped by {by}" + (how_to_resume(ctx) or again))
+                raise typer.Exit(code) from None
             if ctx.params.get("traceback"):
                 raise
             from ulfine_fast.images import printable
@@ -52,6 +66,18 @@ class Commands(TyperGroup):
         raise typer.Exit(1)
 
 
+def _stopped_by(error: BaseException | None) -> int:
+    """Exit code for the signal that an error comes from, 0 where it comes from none.
+
+    A signal is raised wherever the process is, and some places (`__set_name__`) make another error of it.
+    """
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, Terminated)):
+            return SIGTERM_CODE if isinstance(error, Terminated) else SIGINT_CODE
+        error = error.__cause__
+    return 0
+
+
 def say(text: str) -> None:
     """Print a line on standard error."""
     typer.echo(text, err=True)
@@ -59,8 +85,6 @@ def say(text: str) -> None:
 
 def how_to_resume(ctx: Any) -> str:
     """How to go on from the checkpoint; empty where there is none."""
-    from ulfine_fast.checkpoint import CHECKPOINT
-
     run_dir = ctx.meta.get("run_dir")
     if run_dir is None or not (run_dir / CHECKPOINT).exists():
         return ""
@@ -99,6 +123,24 @@ def changed(method: Any, settings: list[str]) -> Any:
         # A preset that would choose it takes the one that is given.
         changes.setdefault("eta_folds", 0)
     return replace(method, **changes)
+
+
+@contextmanager
+def shown_log(*, quiet: bool = False) -> Iterator[None]:
+    """What the package logs from level INFO on goes to standard error, line by line; with `quiet` nowhere."""
+    logger = logging.getLogger("ulfine_fast")
+    handler = logging.NullHandler() if quiet else logging.StreamHandler()
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    # a library may have given the root a handler of its own
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        logger.propagate = True
 
 
 def make_console(*, quiet: bool = False) -> Console:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,9 +25,12 @@ from torch.nn import functional as F
 from ulfine_fast.capture import CapturedStep, device_of
 from ulfine_fast.checkpoint import (
     CHECKPOINT,
+    CheckpointError,
+    deferred_signals,
     digest,
     load_checkpoint,
     save_checkpoint,
+    stop,
 )
 from ulfine_fast.config import FineTuning, Method, Schedule
 from ulfine_fast.head import DualHead
@@ -41,6 +47,8 @@ MOMENTUM = 0.9
 # An adjustment by kept pseudo-labels is milder than one by the labelled prior, see `labelled_log_prior`.
 SMALLEST_KEPT_SHARE = 1e-4
 MOST_SKIPS = 20
+# Seconds between two lines about a run, and steps that the first estimate of its time rests on.
+LINE_SECONDS, FIRST_STEPS = 30.0, 3
 # One class with more than this share of P_u is worth a warning.
 COLLAPSED_SHARE = 0.9
 # Unlabelled rows that the quality of pseudo-labels is measured on: a log step must stay cheap on a large set.
@@ -383,9 +391,10 @@ def train(
         run_dir: where checkpoints go; None writes none.
         resume: continue from the checkpoint in `run_dir` if there is one. The result is bit by bit that of a
             run without interruption on the same machine with the same number of threads and back end.
-        checkpoint_every: steps between two checkpoints; one more is written at the end.
+        checkpoint_every: steps between two checkpoints; one more is written at the end, and one after the step
+            in which SIGINT or SIGTERM comes.
         capture: run the steps after the first one as one CUDA graph, with the same bits; needs a CUDA device.
-        progress: show a progress bar on a terminal.
+        progress: show a progress bar on a terminal, and elsewhere log lines of level INFO.
 
     Returns:
         TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate,
@@ -393,9 +402,9 @@ def train(
         the batch), skipped (steps so far), and with unlabelled data what `Quality` says.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another method, schedule or data. ValueError: `capture`
-        without a CUDA device. RuntimeError: 20 steps in a row were not finite; the run stops at its next log
-        step or multiple of 20.
+        CheckpointError: the checkpoint is damaged, of another method, schedule or data, or of more steps.
+        ValueError: `capture` without a CUDA device. RuntimeError: 20 steps in a row were not finite; the run stops
+        at its next log step or multiple of 20. KeyboardInterrupt, Terminated: a signal stopped it.
     """
     device = device_of(head) if capture else head.linear.device
     optimizer = build_optimizer(head, method, schedule)
@@ -405,7 +414,7 @@ def train(
     path = None if run_dir is None else Path(run_dir) / CHECKPOINT
     identity = {} if path is None else _identity(data, method, schedule)
     if resume and path is not None and path.exists():
-        result = _restore(path, identity, head, optimizer, skips)
+        result = _restore(path, identity, schedule, head, optimizer, skips)
     if steps:
         batches = Batches(data, method, schedule, device)
         quality = Quality(data, schedule.seed, device) if batches.from_unlabelled else None
@@ -414,7 +423,7 @@ def train(
 
     captured = None
     started = time.perf_counter() - result.seconds
-    with progress_bar(result.steps, steps, progress) as bar:
+    with reporting(result.steps, steps, progress) as report_progress, deferred_signals() as signals:
         for step in range(result.steps, steps):
             set_learning_rate(optimizer, learning_rate(schedule, step))
             batch = batches(step)
@@ -438,34 +447,69 @@ def train(
                     record |= quality(head, method)
                     _warn_of_collapse(record, result.history)
                 result.history.append(record)
-                bar.set_postfix(loss=record["loss_labelled"], refresh=False)
             if log or (step + 1) % MOST_SKIPS == 0:
                 check_skips(skips, step, "check the features for NaN, or lower the learning rate")
-            bar.update()
             result.steps = step + 1
+            report_progress(result.steps, {"loss": record["loss_labelled"]} if log else None)
+            if signals:
+                break
             if path is not None and result.steps % checkpoint_every == 0 and result.steps < steps:
                 result.seconds = time.perf_counter() - started
-                _save(path, identity, head, optimizer, skips, result)
+                _save(path, identity, schedule, head, optimizer, skips, result)
     result.seconds = time.perf_counter() - started
     result.skipped = int(skips[2])
     if path is not None:
-        _save(path, identity, head, optimizer, skips, result)
+        _save(path, identity, schedule, head, optimizer, skips, result)
+    if signals:
+        stop(signals[0])
     return result
 
 
-def progress_bar(start: int, steps: int, progress: bool) -> Any:
-    """A tqdm bar over steps, on a terminal and if `progress`; otherwise one that shows nothing."""
+@contextmanager
+def reporting(
+    start: int, steps: int, progress: bool
+) -> Iterator[Callable[[int, Mapping[str, Any] | None], None]]:
+    """A function to call after each step, with the steps done and at a log step what there is to show.
+
+    It moves a bar on a terminal. Elsewhere it logs a line after the first steps, at log steps and every 30 seconds:
+    how far the run is and how long it will take. Without `progress` it does nothing.
+    """
     from tqdm import tqdm
 
-    # None asks tqdm to draw on a terminal only
-    return tqdm(
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    bar = tqdm(
         total=steps,
         initial=start,
         unit="step",
-        disable=None if progress and steps else True,
+        disable=not (progress and steps and terminal),
         leave=False,
         desc="training",
     )
+    began = said = time.monotonic()
+
+    def report(done: int, shown: Mapping[str, Any] | None = None) -> None:
+        nonlocal said
+        values = {name: f"{x:.3f}" if isinstance(x, float) else str(x) for name, x in (shown or {}).items()}
+        bar.update()
+        if values:
+            bar.set_postfix(values, refresh=False)
+        now = time.monotonic()
+        due = values or done - start == FIRST_STEPS or now - said >= LINE_SECONDS
+        if progress and not terminal and due:
+            said = now
+            left = (now - began) / (done - start) * (steps - done)
+            found = "".join(f", {name} {value}" for name, value in values.items())
+            LOGGER.info("step %d of %d%s, about %s to go", done, steps, found, _duration(left))
+
+    with bar:
+        yield report
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
 @torch.no_grad()
@@ -544,14 +588,50 @@ def _identity(data: FeatureData, method: Method, schedule: Schedule) -> dict[str
     del method_fields["summary"]
     return {
         "method": method_fields,
-        "schedule": asdict(schedule),
+        "schedule": schedule.identity(),
         "data": {name: digest(torch.as_tensor(getattr(data, name))) for name in used},
     }
+
+
+def run_record(schedule: Schedule | FineTuning, result: TrainResult) -> dict[str, Any]:
+    """What a checkpoint says of a run beside its identity."""
+    return {
+        "steps": result.steps,
+        "planned": schedule.steps,
+        "seconds": result.seconds,
+        "history": result.history,
+    }
+
+
+def resumed(
+    path: Path, record: Mapping[str, Any], schedule: Schedule | FineTuning, skips: Tensor
+) -> TrainResult:
+    """The result so far from the `run_record` of checkpoint `path`, and a line in the log about what follows.
+
+    Another number of steps than was planned is a warning, for the cosine is another one; CheckpointError for fewer
+    than are done.
+    """
+    done, planned, steps = record["steps"], record["planned"], schedule.steps
+    if steps < done:
+        raise CheckpointError(f"{path}: steps must be at least the {done} that are done, got {steps}")
+    if done and steps != planned:
+        LOGGER.warning(
+            "the run was planned with %d steps: after step %d its learning rate goes from %.3g to %.3g, and its result"
+            " is not that of %d steps in one go",
+            planned,
+            done,
+            learning_rate(replace(schedule, steps=planned), done),
+            learning_rate(schedule, done),
+            steps,
+        )
+    LOGGER.info("going on after step %d of %d", done, steps)
+    return TrainResult(record["history"], record["seconds"], done, int(skips[2]))
 
 
 def _save(
     path: Path,
     identity: dict[str, Any],
+    schedule: Schedule,
     head: DualHead,
     optimizer: torch.optim.Optimizer,
     skips: Tensor,
@@ -560,18 +640,23 @@ def _save(
     tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
     tensors |= optimizer_tensors(optimizer)
     tensors["skips"] = skips
-    record = {**identity, "steps": result.steps, "seconds": result.seconds, "history": result.history}
-    save_checkpoint(path, tensors, record)
+    save_checkpoint(path, tensors, {**identity, **run_record(schedule, result)})
 
 
 def _restore(
-    path: Path, identity: dict[str, Any], head: DualHead, optimizer: torch.optim.Optimizer, skips: Tensor
+    path: Path,
+    identity: dict[str, Any],
+    schedule: Schedule,
+    head: DualHead,
+    optimizer: torch.optim.Optimizer,
+    skips: Tensor,
 ) -> TrainResult:
     tensors, record = load_checkpoint(path, identity)
+    result = resumed(path, record, schedule, tensors["skips"])
     load_head(head, tensors)
     load_optimizer(optimizer, tensors)
     skips.copy_(tensors["skips"])
-    return TrainResult(record["history"], record["seconds"], record["steps"])
+    return result
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
