@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ulfine_fast
 from ulfine_fast import _C
@@ -143,6 +147,20 @@ def test_metadata_agrees(built):
     )
     assert f"\nVersion: {ulfine_fast.__version__}\n" in metadata
     assert version("ulfine-fast") == ulfine_fast.__version__
+
+
+def test_every_requirement_has_a_lower_bound_which_the_tested_version_meets():
+    file = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = file["project"]["optional-dependencies"].values()
+    parts = [file["build-system"]["requires"], file["project"]["dependencies"], *extras]
+    lines = (ROOT / "constraints/tested.txt").read_text().splitlines()
+    tested = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for requirement in map(Requirement, itertools.chain(*parts)):
+        if requirement.name != "ulfine-fast":
+            assert [bound.operator for bound in requirement.specifier] == [">="], requirement
+            # What only `study` and the like ask for is not in the tested set.
+            pinned = tested.get(canonicalize_name(requirement.name))
+            assert pinned is None or pinned in requirement.specifier, requirement
 
 
 def test_console_scripts_resolve():
