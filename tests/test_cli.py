@@ -263,11 +263,11 @@ def test_evaluate_says_what_is_missing(tmp_path, missing):
 
 def test_failures_before_training_leave_no_folder(tmp_path, monkeypatch):
     def fail(choice, *, progress=True):
-        raise ValueError("make_split: class 2 needs 750 images, got 400\nmore\nand more")
+        raise ValueError("class 2 needs 750 images, got 400\nmore\nand more")
 
     monkeypatch.setattr(experiment, "load_data", fail)
     result = call("train", *QUICK, code=1)
-    assert "error: make_split: class 2 needs 750 images, got 400" in result.output
+    assert "error: class 2 needs 750 images, got 400" in result.output
     assert "and more" not in result.output
     assert not (tmp_path / "runs").exists()
     shown = CliRunner().invoke(app, ["--traceback", "train", *QUICK])

@@ -72,20 +72,6 @@ class UnreadableImage(ValueError):  # noqa: N818 (it names an image, not a mista
         return f"{self.name}: {self.reason}"
 
 
-def printable(text: str) -> str:
-    r"""`text` in one line that every file and terminal takes: what would break it is escaped, a line feed as "\n".
-
-    Escaped are control characters, line and paragraph separators, and the bytes of a file name that is not UTF-8
-    ("\xff").
-    """
-    return _UNPRINTABLE.sub(lambda found: _escaped(found[0]), text)
-
-
-def _escaped(character: str) -> str:
-    byte = ord(character) - 0xDC00
-    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
-
-
 class MachineError(OSError):
     """An image could not be read, again and again, for a reason that does not lie in its file."""
 
@@ -265,6 +251,20 @@ def check_pixels(who: str, images: np.ndarray) -> None:
     shape = images.shape
     if images.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
         raise ValueError(f"{who}: images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {shape}")
+
+
+def printable(text: str) -> str:
+    r"""`text` in one line that every file and terminal takes: what would break it is escaped, a line feed as "\n".
+
+    Escaped are control characters, line and paragraph separators, and the bytes of a file name that is not UTF-8
+    ("\xff").
+    """
+    return _UNPRINTABLE.sub(lambda found: _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    byte = ord(character) - 0xDC00
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
 
 
 class JoinedImages:

@@ -336,7 +336,7 @@ def _class_figure(path: Path, class_names: Sequence[str], title: str) -> Iterato
     """The axes of a picture with a place for each class, see `_figure`; names and legend are drawn at the end."""
     named = len(class_names) <= MOST_NAMED
     width = 8 if not named else max(8, 1 + 0.2 * len(class_names))
-    with _figure(path, (width, 5), "".join(class_names)) as figure:
+    with _figure(path, (width, 5), "".join(class_names) if named else "") as figure:
         axes = figure.subplots()
         yield axes
         axes.grid(axis="x", visible=False)
@@ -393,10 +393,8 @@ def _fonts_for(text: str) -> list[str] | None:
     from matplotlib import font_manager
 
     usual = font_manager.FontProperties()
-    families, lacking = (
-        [*usual.get_family()],
-        {ord(character) for character in text if not character.isspace()},
-    )
+    families = [*usual.get_family()]
+    lacking = {ord(character) for character in text if not character.isspace()}
     lacking -= _characters(font_manager.findfont(usual))
     # by name: the order of the list is that of the disk
     for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name, font.fname)):
@@ -414,7 +412,11 @@ def _fonts_for(text: str) -> list[str] | None:
 def _characters(font: str) -> frozenset[int]:
     from matplotlib import font_manager
 
-    face = font_manager.get_font(font)
+    try:
+        face = font_manager.get_font(font)
+    except (OSError, RuntimeError):
+        # it is listed, and was removed or damaged since
+        return frozenset()
     # fonts of coloured pictures have one size, which is none of ours
     return frozenset(face.get_charmap() if face.scalable else ())
 

@@ -114,7 +114,7 @@ def make_split(
     if labels.min() < 0:
         raise ValueError(f"make_split: labels must be >= 0, got {labels.min()}")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"make_split: seed must be in 0..2**32 - 1, got {seed}")
+        raise ValueError(f"seed must be in 0..2**32 - 1, got {seed}")
     _check_option("protocol", protocol, get_args(Protocol))
     _check_option("unlabelled", unlabelled, get_args(Unlabelled))
     _check_option("class_order", class_order, get_args(ClassOrder))
@@ -141,7 +141,7 @@ def make_split(
     if (needed > available).any():
         k = int((needed - available).argmax())
         raise ValueError(
-            f"make_split: class {k} needs {needed[k]} images ({labelled_counts[k]} labelled"
+            f"class {k} needs {needed[k]} images ({labelled_counts[k]} labelled"
             f" + {unlabelled_counts[k]} unlabelled + {held_out} validation), got {available[k]}"
         )
 
