@@ -98,6 +98,9 @@ class PrototypeState(nn.Module):
         _checks.vector("measure", "branch_scale", branch_scale, 2, _checks.FLOATS)
         _checks.same_device("measure", self.text, branch_scale=branch_scale)
         _checks.between("measure", "decay", decay, 0.0, 1.0)
+        self._measure(branch_scale, decay)
+
+    def _measure(self, branch_scale: Tensor, decay: float) -> None:
         branch_scale = branch_scale.to(working_dtype(branch_scale))
         running = decay * self.branch_scale + (1.0 - decay) * branch_scale
         new = torch.where(self.measured, running, branch_scale)
@@ -129,6 +132,18 @@ class PrototypeState(nn.Module):
         """
         self._check_labels("update", pseudo)
         _checks.between("update", "scale_decay", scale_decay, 0.0, 1.0)
+        self._update(features, targets, pseudo, mu, beta, gamma, scale_decay)
+
+    def _update(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        pseudo: PseudoLabels,
+        mu: float,
+        beta: float,
+        gamma: float,
+        scale_decay: float,
+    ) -> None:
         # The first to change anything, for it checks the rest.
         proto_fit_(
             features,
@@ -142,7 +157,7 @@ class PrototypeState(nn.Module):
             beta=beta,
             gamma=gamma,
         )
-        self.measure(pseudo.branch_scale, scale_decay)
+        self._measure(pseudo.branch_scale, scale_decay)
         kept = pseudo.kept_histogram.to(self.kept_distribution.dtype)
         total = kept.sum()
         running = gamma * self.kept_distribution + (1.0 - gamma) * kept / total.clamp_min(1.0)
@@ -244,7 +259,7 @@ class PrototypeState(nn.Module):
 
     def _known(self, label: Tensor) -> Tensor:
         """Labels, -1 for those beyond the classes: on a GPU nothing has refused them."""
-        return torch.where(label < len(self.text), label, -1)
+        return label.masked_fill(label >= len(self.text), -1)
 
     @torch.no_grad()
     def normalize(self, finite: Tensor) -> None:
@@ -333,7 +348,7 @@ class PrototypeState(nn.Module):
             kept_histogram=pseudo.kept_histogram * finite,
             branch_scale=torch.where(finite, pseudo.branch_scale, 0.0),
         )
-        self.update(features, torch.where(finite, targets, -1), pseudo, **rates)
+        self._update(features, torch.where(finite, targets, -1), pseudo, **rates)
         if posterior:
             self._refit(
                 weak,

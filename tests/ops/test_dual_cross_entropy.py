@@ -746,6 +746,7 @@ GOOD = {
         ({"adjustment": [0.0] * 4}, TypeError, "adjustment must be a tensor, got list"),
         ({"align": 2**70 * 10**30}, ValueError, "align must be finite in float32, got "),
         ({"align": torch.ones((), dtype=torch.complex64)}, TypeError, "align must be .*got complex64"),
+        ({"eta": 2**2000}, ValueError, "eta must fit float64, got a whole number of 2001 bits"),
         ({"eta": 0.5j}, TypeError, "eta must be a number, got complex"),
         ({"linear_scale": "25"}, TypeError, "linear_scale must be a number, got str"),
         ({"normalize_linear": "no"}, TypeError, "normalize_linear must be True or False, got str"),

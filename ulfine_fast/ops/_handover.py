@@ -64,10 +64,12 @@ def once(op: str) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @wraps(backward)
         def run(ctx, *grads):
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
             with torch.no_grad():
                 gradients = backward(ctx, *grads)
             # A compiled backward pass refuses by itself.
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
                 return gradients
             given = [gradient for gradient in gradients if gradient is not None]
             final = iter(_Final.apply(op, len(given), *given, *ctx.saved_tensors, *grads))
