@@ -47,6 +47,12 @@ def draw(picture: Image.Image, name: str, kind: str, seed: int = 0, **options) -
     return view(picture, build_pipeline(name), kind, np.random.default_rng(seed), **options)
 
 
+def test_channels_first_is_never_a_view_of_the_picture() -> None:
+    # of one pixel, both orders are the same memory, and that of a picture cannot be written to
+    assert augment.channels_first(photograph(1, 1)).flags.owndata
+    assert augment.channels_first(photograph(1, 1)).flags.writeable
+
+
 @pytest.mark.parametrize("shape", SIZES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_view_of_every_shape(name, shape) -> None:

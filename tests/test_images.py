@@ -331,6 +331,20 @@ def test_metadata_does_not_spoil_an_image(tmp_path: Path) -> None:
         assert converted == {conversion: 1}
 
 
+def test_whatever_damaged_tags_raise_the_image_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PICTURE.save(tmp_path / "a.png")
+
+    def broken(_image: Image.Image) -> None:
+        raise TypeError("unorderable tags")
+
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    pixels, converted = reading(tmp_path / "a.png")
+    assert np.array_equal(pixels, PIXELS)
+    assert converted == {"damaged EXIF ignored": 1}
+
+
 def test_a_large_jpeg_is_decoded_at_a_reduced_size(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     HALVES.resize((640, 400)).save(path)

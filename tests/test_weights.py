@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ulfine_fast.weights import check_finite, read_weights, weights_of
+from ulfine_fast.weights import check_values, read_weights, weights_of
 
 NAMES = ("stem.weight", "blocks.0.bias")
 
@@ -192,5 +192,10 @@ def test_a_file_that_cannot_be_read_is_no_damaged_one(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(value):
     with pytest.raises(ValueError, match="blocks.0.bias with values that are not finite"):
-        check_finite({**state(), "blocks.0.bias": torch.tensor([0.0, value])})
-    check_finite(state())
+        check_values({**state(), "blocks.0.bias": torch.tensor([0.0, value])}, state())
+    check_values(state(), state())
+
+
+def test_weights_that_were_made_whole_numbers():
+    with pytest.raises(ValueError, match="blocks.0.bias must be of floating point, got int8"):
+        check_values({**state(), "blocks.0.bias": torch.ones(3, dtype=torch.int8)}, state())

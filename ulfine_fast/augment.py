@@ -217,7 +217,7 @@ def five_crops(
 def channels_first(picture: Image.Image) -> np.ndarray:
     """The pixels of an RGB picture, uint8 [3, H, W]."""
     # numpy, not torch: a copy by torch in a thread of the loader would start a team of OpenMP threads of its own
-    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+    return np.asarray(picture).transpose(2, 0, 1).copy()
 
 
 def _check_picture(function: str, image: Image.Image, size: int) -> None:

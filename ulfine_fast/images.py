@@ -14,7 +14,6 @@ import heapq
 import os
 import re
 import stat
-import struct
 import threading
 import time
 import warnings
@@ -360,7 +359,9 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
     image.load()
     try:
         turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except (SyntaxError, ValueError, struct.error):
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 (damaged tags can raise anything, and the pixels are whole)
         turn = None
         conversions.append("damaged EXIF ignored")
     # 16 and 32 bits: Pillow's own conversion cuts off at 255

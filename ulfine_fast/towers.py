@@ -32,7 +32,7 @@ from ulfine_fast.encoder import (
     lite_weights,
     text_embeddings,
 )
-from ulfine_fast.weights import check_finite, read_weights, weights_of
+from ulfine_fast.weights import check_values, read_weights, weights_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -375,7 +375,7 @@ def _load_timm_file(network: nn.Module, path: Path) -> None:
     adapted = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if others and adapted and not any("patch_embed" in name for name in others):
         weights = adapted(weights, network)
-    check_finite(weights)
+    check_values(weights, own)
     network.load_state_dict(weights)
 
 
@@ -510,7 +510,7 @@ def _load_clip(clip: nn.Module, path: Path) -> bool:
         for name, tensor in weights.items()
         if not name.endswith(_WITHOUT_USE) and (name in own or tensor.is_floating_point())
     }
-    check_finite(weights)
+    check_values(weights, own)
     if all(name.startswith("visual.") for name in weights):
         LOGGER.warning("load_tower: %s has no text tower: first prototypes will be class means", path)
         weights |= {name: tensor for name, tensor in own.items() if name not in of_image}

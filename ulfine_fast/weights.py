@@ -97,9 +97,16 @@ def weights_of(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[st
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """ValueError that names the first of `tensors` with a value that is not finite."""
+def check_values(tensors: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> None:
+    """ValueError that names the first of `tensors` whose values are not finite, or whole numbers where `network` has none.
+
+    Weights that were made whole numbers would be copied as if they were the weights.
+    """
     for name, tensor in tensors.items():
+        if name in network and network[name].is_floating_point() and not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be of floating point, got {str(tensor.dtype).removeprefix('torch.')}"
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} with values that are not finite")
 
