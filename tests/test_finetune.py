@@ -383,20 +383,36 @@ def test_twenty_such_steps_end_the_run():
     with torch.no_grad():
         student.tower.frozen.weight.fill_(float("inf"))
     with pytest.raises(
-        RuntimeError, match="stopped at step 20: loss or gradient was not finite in 20 steps in a row"
+        RuntimeError, match="stopped at step 20: loss was not finite in 20 steps in a row; lower the learning"
     ):
         run(student, replace(SHORT, steps=40))
 
 
 def window_after(skips: list[int], finite: list[bool]) -> engine_module._Window:
-    window, empty = engine_module._Window(torch.tensor(skips)), torch.empty(0)
+    window, empty = engine_module._Window(torch.tensor(skips)), torch.zeros(())
     for each in finite:
         window.add(engine_module.StepReport(empty, torch.tensor(each), empty, empty, empty, empty, (0, 0)))
     return window
 
 
 def test_steps_that_changed_nothing_end_the_run_only_in_a_row():
-    assert window_after([0, 0, 5], [False] * 19 + [True] + [False] * 19).skipped(38) == 5 + 38
+    assert window_after([0, 0, 5], [False] * 19 + [True] + [False] * 19).skipped(39, 100) == 5 + 38
+
+
+def test_a_run_that_ends_in_such_steps_has_failed():
+    window = window_after([0, 0, 0], [True, False, False, False])
+    with pytest.raises(RuntimeError, match="stopped at step 4: loss or gradient was not finite in 3 steps"):
+        window.skipped(4, 4)
+    assert window.skipped(4, 5) == 3
+
+
+@pytest.mark.parametrize(("rate", "warns"), [(0.05, False), (100.0, True)])
+def test_a_loss_no_better_than_a_guess_is_warned_of_once(caplog, rate, warns):
+    run(student_of("lift"), replace(SHORT, learning_rate=rate, steps=40, log_every=2))
+    found = [r.getMessage() for r in caplog.records if "no better than a guess by class size" in r.message]
+    assert len(found) == warns
+    assert all(text.startswith("step 8: the labelled loss, ") for text in found)
+    assert all(text.endswith("lower the learning rate") for text in found)
 
 
 def test_a_resumed_run_remembers_the_steps_in_a_row_that_changed_nothing(tmp_path):
@@ -407,7 +423,7 @@ def test_a_resumed_run_remembers_the_steps_in_a_row_that_changed_nothing(tmp_pat
     options = {"run_dir": tmp_path, "checkpoint_every": 5}
     with pytest.raises(Cut):
         run(broken, schedule, views=CutViews(schedule, 13), **options)
-    with pytest.raises(RuntimeError, match="stopped at step 20: loss or gradient was not finite in 20 steps"):
+    with pytest.raises(RuntimeError, match="stopped at step 20: loss was not finite in 20 steps"):
         run(broken, schedule, resume=True, **options)
 
 

@@ -46,6 +46,7 @@ from ulfine_fast.distributed import (
     whole,
 )
 from ulfine_fast.learners import Learner, Pseudo
+from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.metrics import pseudo_label_metrics
 from ulfine_fast.splits import groups_by_rank
 from ulfine_fast.trainer import (
@@ -61,6 +62,7 @@ from ulfine_fast.trainer import (
     resumed,
     run_record,
     set_learning_rate,
+    warn_of_guessing,
 )
 
 if TYPE_CHECKING:
@@ -286,6 +288,7 @@ class Engine:
         # all rows of the batch, so that every process has the same state
         rows = [torch.stack(column) for column in zip(*columns, strict=True)]
         features, labels, weak, places, *flat = gather_rows(rows, self.world)
+        self.labelled = features, labels
         pseudo = Pseudo(*flat[:3], tuple(flat[3:]))
         copies = self.views.unlabelled_is_labelled[places]
         self.learner.advance(features, labels, weak, pseudo, finite, copies)
@@ -305,6 +308,15 @@ class Engine:
             copies,
             (encoded, trained),
         )
+
+    @torch.no_grad()
+    def labelled_loss(self, step: int) -> float | None:
+        """What the heads make of the labelled batch of the last step, `step`, after it, in nats; None: not finite."""
+        progress, (features, labels) = step / self.schedule.steps, self.labelled
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        pseudo = self.learner.pseudo(features[:0], progress)
+        loss = float(self.learner.loss(features, labels, features[:0], none, pseudo, progress))
+        return loss if math.isfinite(loss) else None
 
     def _update(self, loss: Tensor) -> Tensor:
         """One step of the optimizer; [] bool, whether `loss` and gradients were finite in all processes."""
@@ -426,7 +438,7 @@ def finetune(
 
     Returns:
         TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate, loss (nats,
-        mean of the processes), images_per_second (labelled and unlabelled images of all processes), rows_encoded and
+        mean of the processes), loss_labelled (of the labelled batch alone after its step), images_per_second (labelled and unlabelled images of all processes), rows_encoded and
         rows_trained by this process per step since the last record, skipped, and with unlabelled images pseudo_labels
         (see `pseudo_label_metrics`, over the steps since the last record, without copies of labelled images); the last
         record the learner's `distribution`, too.
@@ -434,7 +446,7 @@ def finetune(
     Raises:
         CheckpointError: the checkpoint is damaged, of another run or of more steps. ValueError: batches that the
         processes cannot share, or nothing that `shard` could split them over. RuntimeError: 20 steps in a row were not
-        finite (the run stops at its next record, checkpoint or multiple of 20), or the processes do not agree.
+        finite, or the last 3 (the run stops at its next record, checkpoint or multiple of 20), or the processes do not agree.
         KeyboardInterrupt, Terminated: a signal stopped it.
     """
     world = world or World()
@@ -452,6 +464,7 @@ def finetune(
         beginning = digest_of({}, json.dumps([identity, schedule.steps, result.steps]))
         check_equal(beginning, "data, encoder, method and first step", world, engine.device)
     few = torch.from_numpy(groups_by_rank(np.asarray(labelled_counts)) == "few").to(engine.device)
+    log_prior = labelled_log_prior(torch.as_tensor(labelled_counts))
     window = _Window(skips.to(engine.device))
     started = time.perf_counter() - result.seconds
     showing = progress and world.leads
@@ -467,7 +480,7 @@ def finetune(
             logs = done % schedule.log_every == 0 or done == schedule.steps
             waits = logs or saves or done % MOST_SKIPS == 0
             if waits:
-                result.skipped = window.skipped(step)
+                result.skipped = window.skipped(done, schedule.steps)
             shown = None
             if logs:
                 record = window.record(engine, step, few)
@@ -475,6 +488,7 @@ def finetune(
                     # of C numbers: hundreds of them would be more than a checkpoint can hold beside its tensors
                     result.history[-1].pop("distribution", None)
                 result.history.append(record)
+                warn_of_guessing(result.history, log_prior)
                 acceptance = record.get("pseudo_labels", {}).get("fused", {}).get("acceptance")
                 shown = {"loss": record["loss"]}
                 shown |= {} if acceptance is None else {"kept": f"{acceptance:.0%}"}
@@ -520,11 +534,13 @@ class _Window:
     def add(self, report: StepReport) -> None:
         """Take in a step; nothing waits for the device."""
         self.reports.append(report)
+        self.loss = report.loss
         self.skips = count_skips(self.skips, report.finite)
 
-    def skipped(self, step: int) -> int:
-        """All steps that changed nothing. RuntimeError after too many in a row."""
-        check_skips(self.skips, step, "lower the learning rate, or take precision bf16 for fp16")
+    def skipped(self, done: int, steps: int) -> int:
+        """All of the `done` steps that changed nothing. RuntimeError after too many in a row."""
+        remedy = "lower the learning rate, or take precision bf16 for fp16"
+        check_skips(self.skips, self.loss, done, steps, remedy)
         return int(self.skips[2])
 
     def record(self, engine: Engine, step: int, few: Tensor) -> dict[str, Any]:
@@ -539,10 +555,11 @@ class _Window:
             "step": step + 1,
             "learning_rate": learning_rate(schedule, step),
             "loss": loss if math.isfinite(loss) else None,
+            "loss_labelled": engine.labelled_loss(step),
             "images_per_second": batch * len(self.reports) / seconds,
             "rows_encoded": encoded,
             "rows_trained": trained,
-            "skipped": self.skipped(step),
+            "skipped": int(self.skips[2]),
         }
         if engine.semi:
             label, keep, truth, copies = (

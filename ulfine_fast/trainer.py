@@ -47,6 +47,10 @@ MOMENTUM = 0.9
 # An adjustment by kept pseudo-labels is milder than one by the labelled prior, see `labelled_log_prior`.
 SMALLEST_KEPT_SHARE = 1e-4
 MOST_SKIPS = 20
+# A run that ends with so many in a row has diverged; a single one is float16 that looks for its scale.
+SKIPS_AT_THE_END = 3
+# Records whose mean labelled loss is compared with that of a guess: one batch alone may be hard.
+GUESSING_RECORDS = 4
 # Seconds between two lines about a run, and steps that the first estimate of its time rests on.
 LINE_SECONDS, FIRST_STEPS = 30.0, 3
 # One class with more than this share of P_u is worth a warning.
@@ -403,8 +407,8 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint is damaged, of another method, schedule or data, or of more steps.
-        ValueError: `capture` without a CUDA device. RuntimeError: 20 steps in a row were not finite; the run stops
-        at its next log step or multiple of 20. KeyboardInterrupt, Terminated: a signal stopped it.
+        ValueError: `capture` without a CUDA device. RuntimeError: 20 steps in a row were not finite, or the
+        last 3; the run stops at its next log step or multiple of 20. KeyboardInterrupt, Terminated: a signal stopped it.
     """
     device = device_of(head) if capture else head.linear.device
     optimizer = build_optimizer(head, method, schedule)
@@ -447,8 +451,10 @@ def train(
                     record |= quality(head, method)
                     _warn_of_collapse(record, result.history)
                 result.history.append(record)
+                warn_of_guessing(result.history, classes.log_prior)
             if log or (step + 1) % MOST_SKIPS == 0:
-                check_skips(skips, step, "check the features for NaN, or lower the learning rate")
+                remedy = "check the features for NaN, or lower the learning rate"
+                check_skips(skips, report.loss, step + 1, steps, remedy)
             result.steps = step + 1
             report_progress(result.steps, {"loss": record["loss_labelled"]} if log else None)
             if signals:
@@ -571,13 +577,40 @@ def count_skips(skips: Tensor, finite: Tensor) -> Tensor:
     return torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~finite])
 
 
-def check_skips(skips: Tensor, step: int, remedy: str) -> None:
-    """RuntimeError, with a `remedy`, where `count_skips` says that 20 steps in a row changed nothing."""
-    longest = int(skips[1])
-    if longest >= MOST_SKIPS:
+def check_skips(skips: Tensor, loss: Tensor, done: int, steps: int, remedy: str) -> None:
+    """RuntimeError, with a `remedy`, for 20 steps in a row that changed nothing, or 3 at the end of the run.
+
+    skips: see `count_skips`. loss: of the last one of the `done` steps, out of `steps`.
+    """
+    row, longest = skips[:2].tolist()
+    if longest >= MOST_SKIPS or (done == steps and row >= SKIPS_AT_THE_END):
+        what = "loss or gradient" if bool(loss.isfinite()) else "loss"
         raise RuntimeError(
-            f"training stopped at step {step + 1}: loss or gradient was not finite in {longest} steps in a row;"
-            f" {remedy}"
+            f"training stopped at step {done}: {what} was not finite in {max(row, longest)} steps in a row; {remedy}"
+        )
+
+
+def warn_of_guessing(history: list[dict[str, Any]], log_prior: Tensor) -> None:
+    """Log a warning when the labelled loss of the last records begins to be no better than a guess by class size.
+
+    log_prior: [C] of the labelled classes; the guess costs their entropy, in nats. That is how a rate that is too high
+    shows while all numbers are finite.
+    """
+    guess = float(-(log_prior.exp() * log_prior).sum())
+
+    def guesses(records: list[dict[str, Any]]) -> bool:
+        losses = [record["loss_labelled"] for record in records]
+        return len(losses) == GUESSING_RECORDS and None not in losses and sum(losses) >= guess * len(losses)
+
+    before, last = history[-GUESSING_RECORDS - 1 : -1], history[-GUESSING_RECORDS:]
+    if guesses(last) and not guesses(before):
+        LOGGER.warning(
+            "step %d: the labelled loss, %.2f nats over the last %d records, is no better than a guess by class size"
+            " (%.2f): if it stays so, lower the learning rate",
+            last[-1]["step"],
+            sum(record["loss_labelled"] for record in last) / len(last),
+            len(last),
+            guess,
         )
 
 
