@@ -4,7 +4,7 @@ SHELL := bash
 .ONESHELL:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu soak sanitize lint format pin clean FORCE
+.PHONY: help demo test bench gpu fuzz sanitize soak lint format pin clean FORCE
 
 READY := .venv/ready
 BIN := .venv/bin
@@ -46,6 +46,12 @@ NVIDIA := $(wildcard /dev/nvidiactl /dev/dxg)
 gpu: $(if $(NVIDIA),$(if $(PYTHON),,$(READY)))  ## Build, test and time the GPU kernels (9 minutes; STAGE=... for one stage)
 	[ -n "$(NVIDIA)" ] || { echo "gpu: no NVIDIA GPU on this machine" >&2; exit 1; }
 	$(or $(PYTHON),$(BIN)/python) benchmarks/gpu.py $(STAGE)
+
+fuzz: $(READY)  ## Call the ops a million times with random arguments (half an hour; ARGS=10000 for less)
+	$(BIN)/python -P tests/fuzz_ops.py $(or $(ARGS),1000000)
+
+sanitize: $(READY)  ## Run the CPU kernels under the compiler's sanitizers (4 minutes; ARGS=address or thread)
+	$(BIN)/python tests/sanitize.py $(ARGS)
 
 soak: $(READY)  ## Kill a thousand runs and train for 100,000 steps (an hour; ARGS="kills -n 100" for less)
 	$(BIN)/python tests/soak.py $(ARGS)

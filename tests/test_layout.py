@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -276,3 +277,10 @@ def test_changelog_is_up_to_date():
 def test_public_names_exist():
     assert sorted(ulfine_fast.__all__) == ulfine_fast.__all__
     assert all(hasattr(ulfine_fast, name) for name in ulfine_fast.__all__)
+
+
+@pytest.mark.parametrize("name", [*OPS, *COMPOSED])
+def test_help_of_an_op_has_formula_shapes_errors_and_source(name):
+    said = inspect.getdoc(getattr(ulfine_fast, name))
+    for part in (" = ", "Args:", "[C, D]", "Returns:", "Raises:", "Source: "):
+        assert part in said

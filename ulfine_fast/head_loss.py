@@ -1,9 +1,5 @@
 """The whole loss of one step as one differentiable call: pseudo-labels, both cross-entropies, orthogonality.
 
-    loss = 1/B_l  sum over labelled rows  CE(row, target)
-         + unlabelled_weight / (V B_u)  sum over kept strong rows  CE(row, pseudo-label of its weak view)
-         + orthogonality_weight * orthogonality(prototypes)
-
 A composition of `pseudo_label`, `dual_cross_entropy` and `orthogonality`, with no maths of its own. It exists
 because a small head costs less than three trips through the dispatcher and autograd: with 100 classes they are
 a quarter of the step.
@@ -185,6 +181,13 @@ def head_loss(
     backend: str | None = None,
 ) -> tuple[Tensor, PseudoLabels]:
     """Loss of one step and the pseudo-labels it used.
+
+        loss = 1/B_l  sum over labelled rows  CE(row, target)
+             + unlabelled_weight / (V B_u)  sum over kept strong rows  CE(row, pseudo-label of its weak view)
+             + orthogonality_weight * orthogonality(prototypes)
+
+    CE is the cross-entropy of each branch or of their fusion, see `dual_cross_entropy`. Source: ULFine (arXiv
+    2505.05062); that the terms have one weight each is our choice.
 
     Differentiable in `features`, in `linear` and, through orthogonality alone, in `prototypes`. Strong rows
     whose weak view was rejected take no part; the cpp back end does not compute them. A second derivative raises

@@ -1,14 +1,4 @@
-"""Cross-entropy of the linear and the prototype branch, labelled and strong rows in one call.
-
-    zl_ik = linear_scale * <x_i, w_k>     linear branch,        x, w, t: rows divided by their norm
-    zt_ik = proto_scale  * <x_i, t_k>     prototype branch
-    branches: loss = sum_i weight_i * [ CE(zl_i + a_g(i), y_i) + CE(zt_i + a_g(i), y_i) ]
-    fused:    loss = sum_i weight_i *   CE(eta * zl_i + (1 - eta) * align * zt_i + a_g(i), y_i)
-
-a_g is the logit adjustment of the row's group, tau * log prior (Menon et al., arXiv 2007.07314): 0 for rows
-without one. Prototypes are fitted, not learned: no gradient flows into them (our choice, as is the default
-of one cross-entropy per branch; source of the two branches: ULFine, arXiv 2505.05062).
-"""
+"""Cross-entropy of the linear and the prototype branch, labelled and strong rows in one call."""
 
 from __future__ import annotations
 
@@ -154,6 +144,15 @@ def dual_cross_entropy(
     backend: str | None = None,
 ) -> Tensor:
     """Weighted sum of the cross-entropies of B rows, differentiable in `features` and `linear`.
+
+        zl_ik = linear_scale * <x_i, w_k>     linear branch,        x, w, t: rows divided by their norm
+        zt_ik = proto_scale  * <x_i, t_k>     prototype branch
+        branches: loss = sum_i weight_i * [ CE(zl_i + a_g(i), y_i) + CE(zt_i + a_g(i), y_i) ]
+        fused:    loss = sum_i weight_i *   CE(eta * zl_i + (1 - eta) * align * zt_i + a_g(i), y_i)
+
+    a_g is the logit adjustment of the row's group, tau * log prior (Menon et al., arXiv 2007.07314): 0 for rows
+    without one. Prototypes are fitted, not learned: no gradient flows into them (our choice, as is the default
+    of one cross-entropy per branch). Source: the two branches of ULFine (arXiv 2505.05062).
 
     Rows of weight 0 and rows with a negative target take no part, so pass strong views with
     `weights = keep / B_u`. The kernels compute the gradients along with the loss: a second derivative raises

@@ -1,11 +1,4 @@
-"""Orthogonality of the textual prototypes: mean squared cosine of two different classes.
-
-    value = ( ||P P'||_F^2 - sum_k |p_k|^4 ) / (C (C - 1)),   p_k = prototypes_k / |prototypes_k|
-
-0 for C = 1. For C > D it cannot reach 0: the floor is (C - D) / (D (C - 1)). Source: ULFine asks for
-orthogonal textual prototypes; the normalisation by C (C - 1) is our choice, it makes the weight of the term
-independent of the number of classes.
-"""
+"""Orthogonality of the textual prototypes: mean squared cosine of two different classes."""
 
 from __future__ import annotations
 
@@ -76,6 +69,12 @@ class _Orthogonality(torch.autograd.Function):
 
 def orthogonality(prototypes: Tensor, *, backend: str | None = None) -> Tensor:
     """Mean squared off-diagonal cosine of the rows of `prototypes`, differentiable.
+
+        value = ( ||P P'||_F^2 - sum_k |p_k|^4 ) / (C (C - 1)),   p_k = prototypes_k / |prototypes_k|
+
+    0 for C = 1. For C > D it cannot reach 0: the floor is (C - D) / (D (C - 1)). Source: ULFine (arXiv 2505.05062)
+    asks for orthogonal textual prototypes; the normalisation by C (C - 1) is our choice, it makes the weight of the
+    term independent of the number of classes.
 
     Args:
         prototypes: [C, D] float, C >= 1; rows need not have unit norm. A zero row has cosine 0 with all.

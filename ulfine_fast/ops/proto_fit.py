@@ -1,15 +1,4 @@
-"""Prototype adaptive fitting: textual prototypes absorb visual class means as far as the classes are predicted.
-
-    distribution' = gamma * distribution + (1 - gamma) * histogram / sum(histogram)
-    for every class k among the targets:
-        v_k       = mean of the unit features of class k in the batch
-        visual'_k = beta * visual_k + (1 - beta) * v_k        (v_k the first time the class is seen)
-        alpha_k   = mu * distribution'_k / max(distribution')
-        textual'_k = unit( (1 - alpha_k) * unit(textual_k) + alpha_k * unit(visual'_k) )
-
-Source: ULFine (arXiv 2505.05062) for c_t <- (1 - alpha) c_t + alpha c_v and alpha_k = mu P_k / max P; which
-classes are touched, the start values and the estimate of P are our choices.
-"""
+"""Prototype adaptive fitting: textual prototypes absorb visual class means as far as the classes are predicted."""
 
 from __future__ import annotations
 
@@ -124,6 +113,16 @@ def proto_fit(
     backend: str | None = None,
 ) -> FittedPrototypes:
     """New state after one labelled batch; no argument is changed. See `proto_fit_` for the update in place.
+
+        distribution' = gamma * distribution + (1 - gamma) * histogram / sum(histogram)
+        for every class k among the targets:
+            v_k       = mean of the unit features of class k in the batch
+            visual'_k = beta * visual_k + (1 - beta) * v_k        (v_k the first time the class is seen)
+            alpha_k   = mu * distribution'_k / max(distribution')
+            textual'_k = unit( (1 - alpha_k) * unit(textual_k) + alpha_k * unit(visual'_k) )
+
+    Source: ULFine (arXiv 2505.05062) for c_t <- (1 - alpha) c_t + alpha c_v and alpha_k = mu P_k / max P; which
+    classes are touched, the start values and the estimate of P are our choices.
 
     Args:
         features: [B, D] float; labelled features, any norm up to 1e18, B may be 0.

@@ -1,9 +1,4 @@
-"""Prototype-similarity logits: the scaled cosine of every feature with every class prototype.
-
-    logits_ik = scale * <x_i, p_k>,   x = features / |features|,  p = prototypes / |prototypes|
-
-Source: the similarity logits of CLIP, and the textual branch of ULFine (arXiv 2505.05062).
-"""
+"""Prototype-similarity logits: the scaled cosine of every feature with every class prototype."""
 
 from __future__ import annotations
 
@@ -98,6 +93,10 @@ def proto_logits(
     features: Tensor, prototypes: Tensor, scale: float = 25.0, *, backend: str | None = None
 ) -> Tensor:
     """`scale * cosine(features, prototypes)`, differentiable in both; a second derivative raises on a kernel.
+
+        logits_ik = scale * <x_i, p_k>,   x = features / |features|,  p = prototypes / |prototypes|
+
+    Source: the similarity logits of CLIP, and the textual branch of ULFine (arXiv 2505.05062).
 
     Args:
         features: [B, D] float32, bfloat16, float16 or float64; any norm up to 1e18, B may be 0.

@@ -1,14 +1,4 @@
-"""Pseudo-labels of weak views from the two fused branches, in one pass over the rows.
-
-    zl_ik = linear_scale * <x_i, w_k>     linear branch,        x, w, t: rows divided by their norm
-    zt_ik = proto_scale  * <x_i, t_k>     prototype branch
-    z     = eta * zl + (1 - eta) * align * zt
-    label = argmax_k (z + adjustment)  (lowest index on ties),
-    confidence = max softmax((z + adjustment) / temperature),  keep = confidence >= threshold
-
-Source: dual logit fusion of ULFine (arXiv 2505.05062); alignment by one global ratio of scales and the
-adjustment, by which a classifier for balanced classes reads data of another prior, are our choices.
-"""
+"""Pseudo-labels of weak views from the two fused branches, in one pass over the rows."""
 
 from __future__ import annotations
 
@@ -161,6 +151,15 @@ def pseudo_label(
     backend: str | None = None,
 ) -> PseudoLabels:
     """Label, confidence and keep mask of weak views, with the counts and scales that estimators need.
+
+        zl_ik = linear_scale * <x_i, w_k>     linear branch,        x, w, t: rows divided by their norm
+        zt_ik = proto_scale  * <x_i, t_k>     prototype branch
+        z     = eta * zl + (1 - eta) * align * zt
+        label = argmax_k (z + adjustment)  (lowest index on ties),
+        confidence = max softmax((z + adjustment) / temperature),  keep = confidence >= threshold
+
+    Source: dual logit fusion of ULFine (arXiv 2505.05062); alignment by one global ratio of scales and the
+    adjustment, by which a classifier for balanced classes reads data of another prior, are our choices.
 
     Never differentiates. The cpp back end holds logits of a chunk of rows at a time, the triton back end none.
 
