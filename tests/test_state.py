@@ -700,6 +700,15 @@ def test_advance_takes_branch_scales_of_any_dtype(backend, dtype) -> None:
     assert_same_state(advanced(state, backend, other), advanced(state, backend, arguments))
 
 
+def test_a_kernel_refuses_a_state_that_it_would_misread(emulated_kernels, monkeypatch) -> None:
+    monkeypatch.setattr("ulfine_fast._cuda.kernels", emulated_kernels)
+    state, arguments = moving(7, 9, 5, 6)
+    with pytest.raises(RuntimeError, match="advance: cuda computes in float32, got float64"):
+        advanced(state.double(), "cuda", arguments)
+    with pytest.raises(TypeError, match="advance: textual must be float32 or float64, got float16"):
+        advanced(state.half(), "cuda", arguments)
+
+
 # On a GPU no label is read: one that is too large is none.
 @pytest.mark.parametrize("posterior", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "cuda"])

@@ -317,13 +317,14 @@ class PrototypeState(nn.Module):
         for name, share in (("mu", mu), ("beta", beta), ("gamma", gamma), ("scale_decay", scale_decay)):
             _checks.between(op, name, share, 0.0, 1.0)
         _checks.flag(op, posterior=posterior, normalize=normalize)
+        _checks.of_dtype(op, "textual", self.textual, (torch.float32, torch.float64))
         learns = mu > 0 or posterior
         if not learns:
             features, targets = features[:0], targets[:0]
         if posterior:
             mu = 0.0
         rates = {"mu": mu, "beta": beta, "gamma": gamma, "scale_decay": scale_decay}
-        if choose(op, features, classes, working_dtype(features, weak)) == "cuda":
+        if choose(op, features, classes, working_dtype(features, weak, self.textual)) == "cuda":
             torch.ops.ulfine._state_update_.default(
                 features.detach(), targets, weak.detach(), pseudo.label, pseudo.keep, copies, pseudo.histogram,
                 pseudo.kept_histogram, pseudo.branch_scale, labelled_counts, self.text, finite, self.textual,
