@@ -627,7 +627,11 @@ def _in_levels(statistics: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def _patch(network: nn.Module) -> int | None:
     trunk = getattr(network, "trunk", network)
-    patch = getattr(getattr(trunk, "patch_embed", trunk), "patch_size", None)
+    embed = getattr(trunk, "patch_embed", trunk)
+    patch, proj = getattr(embed, "patch_size", None), getattr(embed, "proj", None)
+    if isinstance(proj, nn.Conv2d) and proj.stride != proj.kernel_size:
+        # patches that overlap: a size need not be a multiple of them
+        return None
     return patch if patch is None or isinstance(patch, int) else patch[0]
 
 
@@ -662,9 +666,8 @@ def _check_input(tower: Tower) -> None:
 def _wrong_size(network: nn.Module, model: str, size: int) -> ValueError:
     described = getattr(getattr(network, "trunk", network), "pretrained_cfg", None) or {}
     own = described["input_size"][-1] if described.get("input_size") else "its own"
-    others = (
-        ", which takes no other," if described.get("fixed_input_size") else " or another that it can take,"
-    )
+    fixed = described.get("fixed_input_size") and not hasattr(network, "set_input_size")
+    others = ", which takes no other," if fixed else " or another that it can take,"
     return ValueError(f"load_tower: size must be {own} for {model}{others} got {size}")
 
 
