@@ -517,6 +517,11 @@ def test_failed_download_names_the_local_way(monkeypatch):
         assert "\n" not in str(caught.value)
         # the libraries' own traceback would bury the message
         assert caught.value.__suppress_context__
+    monkeypatch.setattr(open_clip, "create_model", no_network)
+    with pytest.raises(
+        ConnectionError, match="expected to download ViT-B-16, got: Name or service not known"
+    ):
+        load_tower("ViT-B-16")
 
 
 @pytest.mark.parametrize(("package", "model"), [("open_clip", "ViT-B-16"), ("timm", TIMM)])

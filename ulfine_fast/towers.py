@@ -433,8 +433,13 @@ def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int |
                 pretrained_text=file is None,
                 force_image_size=None if of_timm else size,
             )
+    except OSError as error:
+        # a text tower may have its description elsewhere
+        raise _no_download(model, error) from None
     # open_clip checks nothing of what it is told
     except Exception as error:
+        if not complete:
+            raise
         raise _no_description(model, error) from error
     with_text = True
     if file:
@@ -495,7 +500,7 @@ def _load_clip(clip: nn.Module, path: Path) -> bool:
         open_clip.load_checkpoint(clip, str(path))
         return True
     own, tensors = clip.state_dict(), read_weights(path)
-    of_image = [name for name in own if name.startswith("visual.")]
+    of_image = {name for name in own if name.startswith("visual.")}
     weights = weights_of(tensors, own)
     if not any(name in weights for name in of_image):
         # perhaps the image tower alone
