@@ -192,7 +192,7 @@ class ImageFiles:
 
     def read(self, index: int, at_least: int | None = None) -> Image.Image:
         """The image in mode RGB, see `ImageSource.read`. MachineError after four attempts in three seconds."""
-        path = self._paths[index]
+        path, name = self._paths[index], self.name(index)
         _ignore_pillow_warnings()
         pauses = iter(_PAUSES)
         while True:
@@ -203,17 +203,17 @@ class ImageFiles:
                 cause = _failure_of_the_machine(error)
                 if cause is None:
                     reason = _reason(error)
-                    self.report.add_unreadable(path, reason)
-                    raise UnreadableImage(path, reason) from error
+                    self.report.add_unreadable(name, reason)
+                    raise UnreadableImage(name, reason) from error
                 pause = next(pauses, None)
                 if pause is None:
                     raise MachineError(
-                        f"{path}: expected to read it, got {cause} in {1 + len(_PAUSES)} attempts, an error of the"
+                        f"{name}: expected to read it, got {cause} in {1 + len(_PAUSES)} attempts, an error of the"
                         " machine and not of the file"
                     ) from error
                 time.sleep(pause)
             else:
-                self.report.add_converted(path, conversions)
+                self.report.add_converted(name, conversions)
                 return image
 
 
