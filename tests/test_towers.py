@@ -469,18 +469,29 @@ def test_size_is_a_multiple_of_the_patch(clip_folder):
         load_tower(clip_folder, size=36)
 
 
-def test_a_size_that_the_network_cannot_take():
-    with pytest.raises(
-        ValueError, match="size must be 224 for timm:levit_128s, which takes no other, got 256"
-    ):
-        load_tower("timm:levit_128s", size=256)
+@pytest.mark.parametrize(
+    ("model", "size", "expected"),
+    [
+        ("timm:levit_128s", 256, "224 for timm:levit_128s, which takes no other, got 256"),
+        ("timm:test_maxvit", 100, "160 for timm:test_maxvit or another that it can take, got 100"),
+    ],
+)
+def test_a_size_that_the_network_cannot_take(model, size, expected):
+    with pytest.raises(ValueError, match=f"load_tower: size must be {expected}"):
+        load_tower(model, size=size)
 
 
 @pytest.mark.parametrize(
-    ("model", "patch"), [("timm:efficientvit_m0", 16), ("timm:xcit_nano_12_p16_224", 16)]
+    ("model", "size", "patch"),
+    [
+        ("timm:efficientvit_m0", None, 16),
+        ("timm:xcit_nano_12_p16_224", None, 16),
+        # its patches overlap
+        ("timm:pvt_v2_b0", 96, None),
+    ],
 )
-def test_a_patch_that_is_one_number(model, patch):
-    assert load_tower(model).patch == patch
+def test_a_patch_may_be_one_number_or_none(model, size, patch):
+    assert load_tower(model, size=size).patch == patch
 
 
 def test_a_tag_is_not_mistaken_for_a_file_and_a_name_not_for_a_folder(tmp_path, monkeypatch):
@@ -506,6 +517,11 @@ def test_failed_download_names_the_local_way(monkeypatch):
         assert "\n" not in str(caught.value)
         # the libraries' own traceback would bury the message
         assert caught.value.__suppress_context__
+    monkeypatch.setattr(open_clip, "create_model", no_network)
+    with pytest.raises(
+        ConnectionError, match="expected to download ViT-B-16, got: Name or service not known"
+    ):
+        load_tower("ViT-B-16")
 
 
 @pytest.mark.parametrize(("package", "model"), [("open_clip", "ViT-B-16"), ("timm", TIMM)])

@@ -433,8 +433,13 @@ def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int |
                 pretrained_text=file is None,
                 force_image_size=None if of_timm else size,
             )
+    except OSError as error:
+        # a text tower may have its description elsewhere
+        raise _no_download(model, error) from None
     # open_clip checks nothing of what it is told
     except Exception as error:
+        if not complete:
+            raise
         raise _no_description(model, error) from error
     with_text = True
     if file:
@@ -495,7 +500,7 @@ def _load_clip(clip: nn.Module, path: Path) -> bool:
         open_clip.load_checkpoint(clip, str(path))
         return True
     own, tensors = clip.state_dict(), read_weights(path)
-    of_image = [name for name in own if name.startswith("visual.")]
+    of_image = {name for name in own if name.startswith("visual.")}
     weights = weights_of(tensors, own)
     if not any(name in weights for name in of_image):
         # perhaps the image tower alone
@@ -627,7 +632,11 @@ def _in_levels(statistics: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def _patch(network: nn.Module) -> int | None:
     trunk = getattr(network, "trunk", network)
-    patch = getattr(getattr(trunk, "patch_embed", trunk), "patch_size", None)
+    embed = getattr(trunk, "patch_embed", trunk)
+    patch, proj = getattr(embed, "patch_size", None), getattr(embed, "proj", None)
+    if isinstance(proj, nn.Conv2d) and proj.stride != proj.kernel_size:
+        # patches that overlap: a size need not be a multiple of them
+        return None
     return patch if patch is None or isinstance(patch, int) else patch[0]
 
 
@@ -662,9 +671,8 @@ def _check_input(tower: Tower) -> None:
 def _wrong_size(network: nn.Module, model: str, size: int) -> ValueError:
     described = getattr(getattr(network, "trunk", network), "pretrained_cfg", None) or {}
     own = described["input_size"][-1] if described.get("input_size") else "its own"
-    others = (
-        ", which takes no other," if described.get("fixed_input_size") else " or another that it can take,"
-    )
+    fixed = described.get("fixed_input_size") and not hasattr(network, "set_input_size")
+    others = ", which takes no other," if fixed else " or another that it can take,"
     return ValueError(f"load_tower: size must be {own} for {model}{others} got {size}")
 
 
