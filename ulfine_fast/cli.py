@@ -224,7 +224,8 @@ def train(
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 100,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the run folder.")
+        bool,
+        typer.Option("--resume", help="Continue from the checkpoint in the run folder; --steps may be more."),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run folder of another configuration.")
