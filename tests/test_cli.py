@@ -390,6 +390,14 @@ def test_info_counts_the_cache(tmp_path, monkeypatch):
     assert "2.0 MB" in call("info").output
 
 
+def test_info_works_without_a_place_for_the_cache(monkeypatch):
+    monkeypatch.setenv("ULFINE_CACHE", "~/cache")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    said = call("info").output
+    assert "Feature cache: ULFINE_CACHE: expected a folder, got ~/cache: Could not determine home" in said
+    assert json.loads(call("info", "--json").output)["cache"]["folder"] is None
+
+
 def test_every_option_is_explained():
     for command in ("demo", "train", "finetune", "evaluate", "export", "info"):
         text = call(command, "--help").output

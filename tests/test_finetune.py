@@ -601,6 +601,11 @@ with process_group(here, torch.device("cpu"), timeout=30):
     with torch.no_grad():
         student.encode(DATA.weak[0][:4])
     print("split", *sharded_parameters(student.tower))
+    try:
+        views = SignalledViews(SHORT, 1 if here.rank == 1 else None)
+        run(student_of(), views=views, world=here, run_dir=folder / "terminated", checkpoint_every=100)
+    except Terminated as stopped:
+        print("terminated with", stopped.code)
     student = student_of()
     if here.rank == 1:
         loss = student.learner.loss
@@ -677,6 +682,13 @@ def test_one_process_goes_on_where_two_were_cut(together, name):
     assert_close(alone(case)[0], weights(student), 1e-4)
 
 
+def test_a_signal_to_one_process_ends_all_after_the_same_step(together):
+    folder, ended = together
+    assert [process.out.splitlines().count("terminated with 143") for process in ended] == [1, 1]
+    # the next step after the signal at which they meet has a record
+    assert load_checkpoint(folder / "terminated" / CHECKPOINT)[1]["steps"] == 3
+
+
 def test_only_what_is_used_is_whole(together):
     block = ["down.weight", "down.bias", "up.weight", "up.bias"]
     every = [
@@ -735,22 +747,29 @@ def test_copies_of_labelled_images_do_not_count_in_the_quality_of_pseudo_labels(
     assert quality["precision"] < 0.2
 
 
+class SignalledViews(FeatureViews):
+    """Views of a process that gets a signal when those of `step` are asked for, while the step before runs."""
+
+    def __init__(self, schedule: FineTuning, step: int | None, number: int = signal.SIGTERM) -> None:
+        super().__init__(DATA, schedule)
+        self.step, self.number = step, number
+
+    def labelled(self, step, slots):
+        if step == self.step:
+            signal.raise_signal(self.number)
+        return super().labelled(step, slots)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(tmp_path, number):
-    class Signalled(FeatureViews):
-        def labelled(self, step, slots):
-            if step == 5:
-                signal.raise_signal(number)
-            return super().labelled(step, slots)
-
     whole = student_of()
     run(whole, run_dir=tmp_path / "whole")
     before = signal.getsignal(number)
+    views = SignalledViews(SHORT, 5, number)
     with pytest.raises((KeyboardInterrupt, Terminated)) as stopped:
-        run(student_of(), views=Signalled(DATA, SHORT), run_dir=tmp_path / "cut", checkpoint_every=100)
+        run(student_of(), views=views, run_dir=tmp_path / "cut", checkpoint_every=100)
     assert isinstance(stopped.value, Terminated) == (number == signal.SIGTERM)
     assert signal.getsignal(number) == before
-    # the batch of step 5 is asked for while step 4 runs
     assert load_checkpoint(tmp_path / "cut" / CHECKPOINT)[1]["steps"] == 5
     again = student_of()
     run(again, run_dir=tmp_path / "cut", resume=True, checkpoint_every=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -65,6 +66,20 @@ def test_the_hold_of_a_killed_process_is_free_at_once(tmp_path, holder):
         "checkpoint.safetensors",
         "config.json",
     ]
+
+
+def test_without_locks_a_run_is_warned_and_removes_nothing(tmp_path, monkeypatch, caplog):
+    def absent(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", absent)
+    with hold(tmp_path / "run"):
+        (tmp_path / "run" / ".checkpoint.0123456789abcdef.safetensors").touch()
+    with hold(tmp_path / "run"):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [
+            ".checkpoint.0123456789abcdef.safetensors"
+        ]
+    assert "has no locks: start no other run in this folder" in caplog.text
 
 
 def test_an_unused_folder_is_removed_with_those_made_for_it(tmp_path):

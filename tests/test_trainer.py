@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ulfine_fast import trainer, use_backend
-from ulfine_fast.checkpoint import CheckpointError
+from ulfine_fast.checkpoint import CheckpointError, Terminated
 from ulfine_fast.config import METHODS, Schedule
 from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.ops.dual_cross_entropy import dual_cross_entropy_reference
@@ -418,6 +418,33 @@ def test_resume_is_bit_identical(tmp_path, name, optimizer):
     finished, again = small_run(method, schedule, run_dir=tmp_path / "cut", resume=True)
     assert_same(whole.state_dict(), finished.state_dict())
     assert again.history == expected.history
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(tmp_path, monkeypatch):
+    whole, expected = small_run()
+
+    def signalled(self, step, batches=Batches.__call__):
+        if step == 25:
+            signal.raise_signal(signal.SIGTERM)
+        return batches(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__call__", signalled)
+        with pytest.raises(Terminated) as stopped:
+            small_run(run_dir=tmp_path, checkpoint_every=100)
+    assert stopped.value.code == 143
+    assert trainer.load_checkpoint(tmp_path / CHECKPOINT)[1]["steps"] == 26
+    resumed, result = small_run(run_dir=tmp_path, resume=True)
+    assert_same(whole.state_dict(), resumed.state_dict())
+    assert result.history == expected.history
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("ulfine_fast.checkpoint.FORMAT", 1)
+        small_run(run_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=f"{CHECKPOINT}: expected checkpoint format 2, got 1$"):
+        small_run(run_dir=tmp_path, resume=True)
 
 
 KILLED = """

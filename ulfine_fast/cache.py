@@ -20,7 +20,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -49,19 +49,24 @@ class CacheError(RuntimeError):
 def default_cache_dir() -> Path:
     """The folder the environment variable ULFINE_CACHE names, else ~/.cache/ulfine-fast.
 
-    A user without a home, as containers have them, gets a folder in that of temporary files. CacheError where
-    another user has made it.
+    A user without a home, as containers have them, gets a folder among the temporary ones. CacheError where that is
+    not possible.
     """
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named).expanduser()
+    named = os.environ.get(CACHE_VARIABLE, "")
     try:
-        return Path.home() / ".cache" / "ulfine-fast"
-    except RuntimeError:
+        return Path(named).expanduser() if named else Path.home() / ".cache" / "ulfine-fast"
+    except RuntimeError as error:
+        if named:
+            raise CacheError(f"{CACHE_VARIABLE}: expected a folder, got {named}: {error}") from error
+    try:
         folder = Path(tempfile.gettempdir()) / f"ulfine-fast-{os.getuid()}"
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    if folder.lstat().st_uid != os.getuid():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        owner = folder.lstat().st_uid
+    except OSError as error:
+        raise CacheError(
+            f"expected a home folder or one for temporary files, got: {error}; set {CACHE_VARIABLE} to a folder"
+        ) from error
+    if owner != os.getuid():
         raise CacheError(
             f"{folder}: expected a folder of this user, who has no home, got one of another;"
             f" set {CACHE_VARIABLE} to a folder"

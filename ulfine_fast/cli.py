@@ -224,7 +224,8 @@ def train(
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 100,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the run folder.")
+        bool,
+        typer.Option("--resume", help="Continue from the checkpoint in the run folder; --steps may be more."),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run folder of another configuration.")
@@ -400,11 +401,17 @@ def info(
     import torch
 
     from ulfine_fast.backend import automatic, availability
-    from ulfine_fast.cache import default_cache_dir
+    from ulfine_fast.cache import CacheError, default_cache_dir
     from ulfine_fast.experiment import versions
 
-    folder = default_cache_dir()
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    try:
+        folder = default_cache_dir()
+        size = (
+            sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+        )
+        cache = {"folder": str(folder), "bytes": size}
+    except CacheError as error:
+        cache = {"folder": None, "bytes": 0, "error": str(error)}
     known = versions()
     device = usable_device("auto")
     record = {
@@ -414,7 +421,7 @@ def info(
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": {name: state._asdict() for name, state in availability().items()},
         "auto": {"takes": automatic(device), "by_classes": _choices(device)},
-        "cache": {"folder": str(folder), "bytes": size},
+        "cache": cache,
     }
     if as_json:
         typer.echo(json.dumps(record, indent=1))
@@ -462,9 +469,9 @@ def _print_info(record: dict[str, Any]) -> None:
         for op, choice in auto["by_classes"].items():
             table.add_row(op, *choice.values())
         console.print(table)
-    console.print(
-        f"Feature cache: {record['cache']['folder']}, {record['cache']['bytes'] / 1e6:.1f} MB", soft_wrap=True
-    )
+    cache = record["cache"]
+    where = cache["error"] if cache["folder"] is None else f"{cache['folder']}, {cache['bytes'] / 1e6:.1f} MB"
+    console.print(f"Feature cache: {where}", soft_wrap=True)
 
 
 def _backend(requested: str, device: str) -> str:

@@ -423,7 +423,9 @@ def finetune(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Continue from the checkpoint in the run folder.", rich_help_panel=PANEL_RUN
+            "--resume",
+            help="Continue from the checkpoint in the run folder; --steps may be more.",
+            rich_help_panel=PANEL_RUN,
         ),
     ] = False,
     overwrite: Annotated[

@@ -52,29 +52,39 @@ def hold(folder: Path) -> Iterator[None]:
         raise FileExistsError(f"{folder}: expected a folder or none, got a file")
     check_writable(folder)
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     try:
-        for name in (CHECKPOINT, CONFIG, *REPORTS):
+        for name in (CHECKPOINT, CONFIG, *REPORTS) if lock is not None else ():
             for path in temporaries(folder / name):
                 path.unlink()
         yield
     finally:
-        # while it is held: another process may have made the next one at once
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(lock)
+        if lock is not None:
+            # while it is held: once it is free, the file is another process's
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(lock)
         with suppress(OSError):
             for path in made:
                 path.rmdir()
 
 
-def _lock(folder: Path) -> int:
-    """Descriptor of the lock of `folder`, held until it is closed."""
+def _lock(folder: Path) -> int | None:
+    """Descriptor of the lock in `folder`, held until it is closed; None on a file system without locks."""
     path = folder / LOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:
+            # a process that left the folder empty has just removed it
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the process that held it may have removed it since it was opened
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
         except BlockingIOError:
             owner = os.read(descriptor, 1000).decode(errors="replace")
             os.close(descriptor)
@@ -83,15 +93,13 @@ def _lock(folder: Path) -> int:
                 " choose another --out, or wait"
             ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                os.close(descriptor)
+                path.unlink()
+                LOGGER.warning("%s: this file system has no locks: start no other run in this folder", folder)
+                return None
+            if error.errno != errno.ENOENT:
                 raise
-            LOGGER.warning("%s: this file system has no locks: start no other run in this folder", folder)
-        with suppress(FileNotFoundError):
-            # the process that held it may have removed it since it was opened
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                os.truncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return descriptor
         os.close(descriptor)
 
 

@@ -495,7 +495,9 @@ def reporting(
 
     def report(done: int, shown: Mapping[str, Any] | None = None) -> None:
         nonlocal said
-        values = {name: f"{x:.3f}" if isinstance(x, float) else str(x) for name, x in (shown or {}).items()}
+        values = {
+            name: f"{x:.3f}" if isinstance(x, float) else str(x or "-") for name, x in (shown or {}).items()
+        }
         bar.update()
         if values:
             bar.set_postfix(values, refresh=False)
