@@ -382,7 +382,7 @@ def test_a_finished_run_stands_without_its_training_images(clip, tmp_path):
         shutil.rmtree(places[name])
     # one class less, so that those of the test images have other numbers among themselves
     shutil.rmtree(f"{places['test']}/red_fox")
-    _, metrics = evaluate_run(tmp_path / "run", run.configuration)
+    _, metrics, _ = evaluate_run(tmp_path / "run", run.configuration)
     assert metrics["fused"]["per_class"][0] is None
     assert metrics["fused"]["per_class"][1:] == outcome.metrics["fused"]["per_class"][1:]
     Path(f"{places['test']}/red_fox").mkdir()
