@@ -111,7 +111,7 @@ def kills(count: int, seed: int) -> bool:
             else:
                 shutil.rmtree(folder)
         chains += 1
-        if chains % 20 == 0:
+        if chains % 5 == 0:
             print(f"{killed} kills, {chains} chains, {wrong} wrong", flush=True)
     print(f"kills: {killed} in {chains} chains, {at_work} of them after a checkpoint, {wrong} chains wrong")
     return not wrong

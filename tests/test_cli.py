@@ -851,6 +851,8 @@ def send(self, step, slots):
 
 ImageViews.weak = send
 number = getattr(signal, sys.argv[1])
+# a process in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = ["ulfine-fast", *sys.argv[2:]]
 main()
 """
