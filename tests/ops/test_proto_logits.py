@@ -421,3 +421,8 @@ def test_unknown_backend() -> None:
 def test_use_backend_reaches_the_op() -> None:
     with use_backend("cpp"), pytest.raises(RuntimeError, match="cpp computes in float32"):
         proto_logits(*inputs(5, 10, 17, torch.float64))
+
+
+def test_a_scale_may_be_a_whole_number_of_any_size(backend):
+    x = torch.eye(2)
+    assert proto_logits(x, x, 2**70, backend=backend)[0, 0] == 2.0**70

@@ -119,5 +119,5 @@ def proto_logits(
     _checks.positive("proto_logits", "scale", scale)
     chosen = choose("proto_logits", features, len(prototypes), working_dtype(features, prototypes), backend)
     if chosen == "reference":
-        return proto_logits_reference(features, prototypes, scale)
+        return proto_logits_reference(features, prototypes, float(scale))
     return _ProtoLogits.apply(features, prototypes, float(scale), chosen)
