@@ -42,6 +42,8 @@ FINETUNE = (
 )  # fmt: skip
 # SIGTERM is to be as safe as SIGKILL, and is sent in one case of so many.
 TERMINATED = 10
+# Kills of a chain before it may end: a machine that has become slower would kill one chain for ever.
+MOST = 10
 FIRST_STEPS, STEPS = 1_000, 100_000
 
 
@@ -88,17 +90,17 @@ def kills(count: int, seed: int) -> bool:
     while killed < count:
         words = (TRAIN, FINETUNE)[chains % 2]
         folder = Path("runs") / f"chain-{chains}"
-        code = 1
+        code, left = 1, min(MOST, count - killed)
         while code:
             resumes = ["--resume"] if (folder / "config.json").exists() else []
             child = start([*words, "--out", str(folder), *resumes])
-            if killed < count:
+            if left:
                 time.sleep(draw.uniform(0.0, 0.5 * seconds[words[0]]))
                 number = signal.SIGTERM if draw.randrange(TERMINATED) == 0 else signal.SIGKILL
                 os.kill(child, number)
             code = ending(child)
             if code in (-signal.SIGKILL, -signal.SIGTERM, 143):
-                killed += 1
+                killed, left = killed + 1, left - 1
                 at_work += (folder / CHECKPOINT).exists()
             elif code:
                 print(f"{folder}: ended with {code}, see {Path.cwd() / 'log.txt'}", flush=True)
