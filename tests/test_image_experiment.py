@@ -426,19 +426,33 @@ def test_unlabelled_images_are_twice_the_labelled_ones_unless_they_come_along(
     assert calls[0]["unlabelled_largest"] == asked
 
 
-def test_lists_and_imagenet127_are_read_as_they_are_named(folder, tmp_path):
+def as_lists(folder, into, class_names):
+    """The images of `folder` as list files of ImageNet-LT in the folder `into`."""
     for part in ("labelled", "test"):
         files = sorted((folder / part).rglob("[0-9].png"))
         kinds = sorted({file.parent.name for file in files})
         lines = [f"{file.relative_to(folder)} {kinds.index(file.parent.name)}" for file in files]
-        (tmp_path / f"{part}.txt").write_text("\n".join(lines))
-    (tmp_path / "names.txt").write_text("fox\nsea lion\ntree\n")
-    lists = Images(
-        train_list=f"{tmp_path}/labelled.txt",
-        test_list=f"{tmp_path}/test.txt",
+        (into / f"{part}.txt").write_text("\n".join(lines))
+    (into / "names.txt").write_text("\n".join(class_names))
+    return Images(
+        train_list=f"{into}/labelled.txt",
+        test_list=f"{into}/test.txt",
         root=str(folder),
-        class_names=f"{tmp_path}/names.txt",
+        class_names=f"{into}/names.txt",
     )
+
+
+def test_classes_of_one_name_are_evaluated_by_number_or_not_at_all(folder, clip, tmp_path):
+    run = Run(as_lists(folder, tmp_path, ["fox", "lion", "fox"]), Encoder(model=clip))
+    outcome = run(tmp_path / "run")
+    assert evaluate_run(tmp_path / "run", run.configuration)[1] == outcome.metrics
+    (tmp_path / "names.txt").write_text("lion\nfox\nfox")
+    with pytest.raises(ValueError, match="in its order, for several have one name, got lion, fox, fox"):
+        evaluate_run(tmp_path / "run", run.configuration)
+
+
+def test_lists_and_imagenet127_are_read_as_they_are_named(folder, tmp_path):
+    lists = as_lists(folder, tmp_path, ["fox", "sea lion", "tree"])
     data = load_images(lists)
     assert data.class_names == ("fox", "sea lion", "tree")
     assert data.labelled_counts.tolist() == [math.ceil(0.25 * count) for count in LABELLED]

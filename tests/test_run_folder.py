@@ -172,6 +172,14 @@ def test_relative_paths_begin_where_the_run_began(tmp_path):
     assert found["encoder"] == {"model": "/mnt/clip", "pretrained": None, "size": 32}
 
 
+def test_a_model_or_tag_is_not_a_folder_that_is_called_after_it(tmp_path):
+    for name in ("lite0", "openai"):
+        (tmp_path / name).mkdir()
+    run = image_run(tmp_path, "test")
+    run["encoder"] |= {"model": "lite0", "pretrained": "openai"}
+    assert located(run)["encoder"] == run["encoder"]
+
+
 @pytest.mark.parametrize("at", ["seed=1", "test", "tests=/mnt"])
 def test_what_has_no_place_was_not_moved(tmp_path, at):
     with pytest.raises(ValueError, match=f"--at: expected NAME=PATH with one of labelled, .*, got {at}"):

@@ -492,6 +492,12 @@ def _load_test(
         raise ValueError(
             f"{run_dir}: test images must be of the classes of the run, got {shortened(unknown)}"
         )
+    for names in (class_names, data.class_names):
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"{run_dir}: classes must be those of the run in its order, for several have one name, got"
+                f" {shortened(data.class_names)}"
+            )
     return data.test, np.array([class_names.index(name) for name in data.class_names])[data.test_labels]
 
 

@@ -149,7 +149,7 @@ def located(configuration: Mapping[str, Any], at: Sequence[str] = ()) -> dict[st
             there = Path(here.get("began_in", "."), fields[name] or "")
             if name in given:
                 fields[name] = given.pop(name)
-            elif fields[name] is not None and there.exists():
+            elif fields[name] is not None and _is_there(name, there):
                 fields[name] = str(there)
         if part in here:
             here[part] = fields
@@ -159,6 +159,13 @@ def located(configuration: Mapping[str, Any], at: Sequence[str] = ()) -> dict[st
             f"--at: expected NAME=PATH with one of {', '.join(known) or 'none'}, got {', '.join(at)}"
         )
     return here
+
+
+def _is_there(name: str, path: Path) -> bool:
+    """Whether `path` is what a run has by that name: a folder may be called after a model or a tag of weights."""
+    if name == "model":
+        return (path / "open_clip_config.json").exists()
+    return path.is_file() if name == "pretrained" else path.exists()
 
 
 def _kept(configuration: Mapping[str, Any]) -> dict[str, Any]:
