@@ -547,11 +547,11 @@ def export_head(path: Path, student: Student, class_names: Sequence[str]) -> Non
     from safetensors.torch import save
 
     if path.suffix != ".safetensors":
-        raise ValueError(f"export_head: path must end in .safetensors, got {path}")
+        raise ValueError(f"path must end in .safetensors, got {path}")
     folded = student.learner.folded()
     if folded is None:
         raise ValueError(
-            f"export_head: the prediction must be one linear map of the unit feature, got {type(student.learner).__name__}"
+            f"the prediction must be one linear map of the unit feature, got {type(student.learner).__name__}"
         )
     tensors = {"weight": folded.detach().cpu().contiguous()}
     if student.tower.centred:
