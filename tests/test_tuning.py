@@ -110,6 +110,11 @@ def test_first_output_is_that_of_the_untuned_tower(model, strategy, load, images
     assert torch.equal(tower(images), expected) == (strategy not in PROMPTS)
 
 
+def test_a_tower_without_blocks_is_tuned(load):
+    for strategy in tunings_of(load("timm:test_convnext")):
+        assert bool(tuned(load("timm:test_convnext"), strategy)) == (strategy != "linear_probe")
+
+
 @pytest.mark.parametrize(("model", "strategy"), CASES)
 def test_gradients_reach_the_named_parameters_and_no_other(model, strategy, load, images):
     tower = load(model)

@@ -71,7 +71,8 @@ def tune(
     _check_counts(strategy, classes, width, blocks, depth)
     if strategy == "adaptformer" and not _is_transformer(tower):
         width, blocks = width or _LITE_WIDTH, blocks or _LITE_BLOCKS
-    elif width is None:
+    # what a tower without blocks can have takes none
+    elif width is None and depth:
         width = _PROMPTS if strategy.startswith("vpt") else bottleneck_width(classes, depth)
 
     trained = _existing_parameters(tower, strategy, blocks)
