@@ -139,6 +139,21 @@ def test_a_run_that_goes_on_may_be_longer_and_report_at_other_steps(tmp_path):
         pass
 
 
+def test_a_run_has_the_configuration_of_its_checkpoint_also_where_a_resume_fails(tmp_path):
+    def failed_resume(configuration, written):
+        with claim(tmp_path, configuration, resume=True):
+            if written:
+                save_checkpoint(tmp_path / "checkpoint.safetensors", {}, {})
+            raise KeyboardInterrupt
+
+    make(tmp_path)
+    longer = with_schedule(steps=60)
+    for written, expected in ((False, RUN), (True, longer)):
+        with pytest.raises(KeyboardInterrupt):
+            failed_resume(longer, written)
+        assert read_configuration(tmp_path) == expected
+
+
 def image_run(folder: Path, test: str) -> dict:
     images = {"labelled": "labelled", "test": test, "table": None, "seed": 0}
     encoder = {"model": "clip", "pretrained": None, "size": 32}
