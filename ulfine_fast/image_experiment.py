@@ -482,9 +482,10 @@ def _load_test(
                 f"{run_dir}: expected {name} of the run at {path}, got nothing there; relative paths begin in"
                 f" {configuration.get('began_in', '.')}; say where it is: --at {name}=PATH"
             )
-    if choice.test is not None:
-        choice = replace(choice, labelled=choice.test, unlabelled=None)
-    data = load_images(choice)
+    if choice.test is None:
+        data = load_images(choice)
+    else:
+        data = folder_data(Path(choice.test), None, Path(choice.test), classes=class_names)
     if data.class_names == tuple(class_names):
         return data.test, data.test_labels
     unknown = [name for name in data.class_names if name not in class_names]
