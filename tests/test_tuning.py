@@ -300,7 +300,7 @@ def test_what_a_tower_can_have(load):
 @pytest.mark.parametrize(
     ("strategy", "options", "message"),
     [
-        ("lora", {}, "strategy must be one of linear_probe, full, partial, bitfit, adaptformer for lite0, got 'lora'"),
+        ("lora", {}, "tuning must be one of linear_probe, full, partial, bitfit, adaptformer for lite0, got 'lora'"),
         ("adaptformer", {"width": 0}, "width must be at least 1 for adaptformer, got 0"),
         ("bitfit", {"width": 8}, "width must be None for bitfit, got 8"),
         ("full", {"blocks": 2}, "blocks must be None for full, got 2"),
@@ -312,7 +312,7 @@ def test_what_a_tower_can_have(load):
 )  # fmt: skip
 def test_arguments_are_checked(strategy, options, message, load):
     tower = load("lite0")
-    with pytest.raises(ValueError, match=f"tune: {message}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         tune(tower, strategy, **{"classes": 10, **options})
     assert all(parameter.requires_grad for parameter in tower.parameters())
 
