@@ -82,7 +82,7 @@ def test_classes_of_one_name_are_told_apart_by_number() -> None:
     assert replace(DATA, class_names=("a", "b", "a")).labelled_counts.tolist() == [2, 0, 1]
     names = ["missile", "tree", "missile", "sunglasses", "missile", "sunglasses"]
     assert repeated_names(names) == [
-        "classes: 2 names are those of several classes, told apart by number: missile (0, 2, 4), sunglasses (3, 5)"
+        "classes: several have one name and are told apart by number: missile (0, 2, 4), sunglasses (3, 5)"
     ]
     assert repeated_names("abc") == []
 

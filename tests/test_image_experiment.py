@@ -380,11 +380,10 @@ def test_a_finished_run_stands_without_its_training_images(clip, tmp_path):
     outcome = run(tmp_path / "run")
     for name in ("labelled", "unlabelled"):
         shutil.rmtree(places[name])
-    # one class less, so that those of the test images have other numbers among themselves
-    shutil.rmtree(f"{places['test']}/red_fox")
+    for name in ("red_fox", "sea_lion"):
+        shutil.rmtree(f"{places['test']}/{name}")
     _, metrics, _ = evaluate_run(tmp_path / "run", run.configuration)
-    assert metrics["fused"]["per_class"][0] is None
-    assert metrics["fused"]["per_class"][1:] == outcome.metrics["fused"]["per_class"][1:]
+    assert metrics["fused"]["per_class"] == [None, None, outcome.metrics["fused"]["per_class"][2]]
     Path(f"{places['test']}/red_fox").mkdir()
     shutil.copytree(f"{places['test']}/tree", f"{places['test']}/shrub")
     with pytest.raises(ValueError, match="test images must be of the classes of the run, got shrub"):
@@ -426,19 +425,33 @@ def test_unlabelled_images_are_twice_the_labelled_ones_unless_they_come_along(
     assert calls[0]["unlabelled_largest"] == asked
 
 
-def test_lists_and_imagenet127_are_read_as_they_are_named(folder, tmp_path):
+def as_lists(folder, into, class_names):
+    """The images of `folder` as list files of ImageNet-LT in the folder `into`."""
     for part in ("labelled", "test"):
         files = sorted((folder / part).rglob("[0-9].png"))
         kinds = sorted({file.parent.name for file in files})
         lines = [f"{file.relative_to(folder)} {kinds.index(file.parent.name)}" for file in files]
-        (tmp_path / f"{part}.txt").write_text("\n".join(lines))
-    (tmp_path / "names.txt").write_text("fox\nsea lion\ntree\n")
-    lists = Images(
-        train_list=f"{tmp_path}/labelled.txt",
-        test_list=f"{tmp_path}/test.txt",
+        (into / f"{part}.txt").write_text("\n".join(lines))
+    (into / "names.txt").write_text("\n".join(class_names))
+    return Images(
+        train_list=f"{into}/labelled.txt",
+        test_list=f"{into}/test.txt",
         root=str(folder),
-        class_names=f"{tmp_path}/names.txt",
+        class_names=f"{into}/names.txt",
     )
+
+
+def test_classes_of_one_name_are_evaluated_by_number_or_not_at_all(folder, clip, tmp_path):
+    run = Run(as_lists(folder, tmp_path, ["fox", "lion", "fox"]), Encoder(model=clip))
+    outcome = run(tmp_path / "run")
+    assert evaluate_run(tmp_path / "run", run.configuration)[1] == outcome.metrics
+    (tmp_path / "names.txt").write_text("lion\nfox\nfox")
+    with pytest.raises(ValueError, match="in its order, for several have one name, got lion, fox, fox"):
+        evaluate_run(tmp_path / "run", run.configuration)
+
+
+def test_lists_and_imagenet127_are_read_as_they_are_named(folder, tmp_path):
+    lists = as_lists(folder, tmp_path, ["fox", "sea lion", "tree"])
     data = load_images(lists)
     assert data.class_names == ("fox", "sea lion", "tree")
     assert data.labelled_counts.tolist() == [math.ceil(0.25 * count) for count in LABELLED]

@@ -139,6 +139,21 @@ def test_a_run_that_goes_on_may_be_longer_and_report_at_other_steps(tmp_path):
         pass
 
 
+def test_a_run_has_the_configuration_of_its_checkpoint_also_where_a_resume_fails(tmp_path):
+    def failed_resume(configuration, written):
+        with claim(tmp_path, configuration, resume=True):
+            if written:
+                save_checkpoint(tmp_path / "checkpoint.safetensors", {}, {})
+            raise KeyboardInterrupt
+
+    make(tmp_path)
+    longer = with_schedule(steps=60)
+    for written, expected in ((False, RUN), (True, longer)):
+        with pytest.raises(KeyboardInterrupt):
+            failed_resume(longer, written)
+        assert read_configuration(tmp_path) == expected
+
+
 def image_run(folder: Path, test: str) -> dict:
     images = {"labelled": "labelled", "test": test, "table": None, "seed": 0}
     encoder = {"model": "clip", "pretrained": None, "size": 32}
@@ -170,6 +185,14 @@ def test_relative_paths_begin_where_the_run_began(tmp_path):
         "seed": 0,
     }
     assert found["encoder"] == {"model": "/mnt/clip", "pretrained": None, "size": 32}
+
+
+def test_a_model_or_tag_is_not_a_folder_that_is_called_after_it(tmp_path):
+    for name in ("lite0", "openai"):
+        (tmp_path / name).mkdir()
+    run = image_run(tmp_path, "test")
+    run["encoder"] |= {"model": "lite0", "pretrained": "openai"}
+    assert located(run)["encoder"] == run["encoder"]
 
 
 @pytest.mark.parametrize("at", ["seed=1", "test", "tests=/mnt"])

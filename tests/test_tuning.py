@@ -110,6 +110,11 @@ def test_first_output_is_that_of_the_untuned_tower(model, strategy, load, images
     assert torch.equal(tower(images), expected) == (strategy not in PROMPTS)
 
 
+def test_a_tower_without_blocks_is_tuned(load):
+    for strategy in tunings_of(load("timm:test_convnext")):
+        assert bool(tuned(load("timm:test_convnext"), strategy)) == (strategy != "linear_probe")
+
+
 @pytest.mark.parametrize(("model", "strategy"), CASES)
 def test_gradients_reach_the_named_parameters_and_no_other(model, strategy, load, images):
     tower = load(model)
@@ -295,7 +300,7 @@ def test_what_a_tower_can_have(load):
 @pytest.mark.parametrize(
     ("strategy", "options", "message"),
     [
-        ("lora", {}, "strategy must be one of linear_probe, full, partial, bitfit, adaptformer for lite0, got 'lora'"),
+        ("lora", {}, "tuning must be one of linear_probe, full, partial, bitfit, adaptformer for lite0, got 'lora'"),
         ("adaptformer", {"width": 0}, "width must be at least 1 for adaptformer, got 0"),
         ("bitfit", {"width": 8}, "width must be None for bitfit, got 8"),
         ("full", {"blocks": 2}, "blocks must be None for full, got 2"),
@@ -307,7 +312,7 @@ def test_what_a_tower_can_have(load):
 )  # fmt: skip
 def test_arguments_are_checked(strategy, options, message, load):
     tower = load("lite0")
-    with pytest.raises(ValueError, match=f"tune: {message}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         tune(tower, strategy, **{"classes": 10, **options})
     assert all(parameter.requires_grad for parameter in tower.parameters())
 

@@ -216,9 +216,7 @@ def repeated_names(class_names: Sequence[str]) -> list[str]:
     repeated = [f"{name} ({', '.join(found)})" for name, found in numbers.items() if len(found) > 1]
     if not repeated:
         return []
-    return [
-        f"classes: {len(repeated)} names are those of several classes, told apart by number: {shortened(repeated)}"
-    ]
+    return [f"classes: several have one name and are told apart by number: {shortened(repeated)}"]
 
 
 def absent_classes(part: str, labels: np.ndarray, class_names: Sequence[str]) -> list[str]:

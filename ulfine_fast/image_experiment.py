@@ -482,9 +482,10 @@ def _load_test(
                 f"{run_dir}: expected {name} of the run at {path}, got nothing there; relative paths begin in"
                 f" {configuration.get('began_in', '.')}; say where it is: --at {name}=PATH"
             )
-    if choice.test is not None:
-        choice = replace(choice, labelled=choice.test, unlabelled=None)
-    data = load_images(choice)
+    if choice.test is None:
+        data = load_images(choice)
+    else:
+        data = folder_data(Path(choice.test), None, Path(choice.test), classes=class_names)
     if data.class_names == tuple(class_names):
         return data.test, data.test_labels
     unknown = [name for name in data.class_names if name not in class_names]
@@ -492,6 +493,12 @@ def _load_test(
         raise ValueError(
             f"{run_dir}: test images must be of the classes of the run, got {shortened(unknown)}"
         )
+    for names in (class_names, data.class_names):
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"{run_dir}: classes must be those of the run in its order, for several have one name, got"
+                f" {shortened(data.class_names)}"
+            )
     return data.test, np.array([class_names.index(name) for name in data.class_names])[data.test_labels]
 
 
@@ -541,11 +548,11 @@ def export_head(path: Path, student: Student, class_names: Sequence[str]) -> Non
     from safetensors.torch import save
 
     if path.suffix != ".safetensors":
-        raise ValueError(f"export_head: path must end in .safetensors, got {path}")
+        raise ValueError(f"path must end in .safetensors, got {path}")
     folded = student.learner.folded()
     if folded is None:
         raise ValueError(
-            f"export_head: the prediction must be one linear map of the unit feature, got {type(student.learner).__name__}"
+            f"the prediction must be one linear map of the unit feature, got {type(student.learner).__name__}"
         )
     tensors = {"weight": folded.detach().cpu().contiguous()}
     if student.tower.centred:

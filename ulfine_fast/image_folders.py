@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,12 @@ _OF_A_RUN = frozenset({"metrics.json", "predictions.csv"})
 
 
 def folder_data(
-    labelled: Path, unlabelled: Path | None, test: Path, *, max_pixels: int = MAX_PIXELS
+    labelled: Path,
+    unlabelled: Path | None,
+    test: Path,
+    *,
+    classes: Iterable[str] = (),
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageData:
     """An image set from folders.
 
@@ -34,7 +39,7 @@ def folder_data(
     see `class_name`. A folder without an image in any part is no class. Classes are in order of name. unlabelled:
     images at any depth, or None; a file that is in `labelled` too counts as a copy of it. Where every unlabelled
     image lies in a folder with the name of a class, that class is kept as `unlabelled_truth`, for reports only.
-    max_pixels: as `images.ImageFiles`.
+    classes: names of further classes, which need no image. max_pixels: as `images.ImageFiles`.
 
     Files and folders whose name begins with a dot are ignored, and so are folders of the system (`__MACOSX`,
     `lost+found`) and, below the given ones, those of runs; a folder reached through links is read once. Raises
@@ -58,9 +63,10 @@ def folder_data(
     if unlabelled is not None and not any(in_folders.values()):
         raise ValueError(_lacks("unlabelled must have images", unlabelled, notes))
     folders = {*by_class["labelled"], *by_class["test"]}
-    names = sorted(
+    with_images = (
         name for name in folders if any(found.get(name) for found in (*by_class.values(), in_folders))
     )
+    names = sorted({*classes, *with_images})
     empty = sorted(folders.difference(names))
     if empty:
         notes.append(f"no image in any part, so no class: {shortened(empty)}")

@@ -18,6 +18,7 @@ from ulfine_fast.checkpoint import (
     CheckpointError,
     first_difference,
     load_checkpoint,
+    replacing,
     temporaries,
 )
 from ulfine_fast.config import kept_when_continued
@@ -149,7 +150,7 @@ def located(configuration: Mapping[str, Any], at: Sequence[str] = ()) -> dict[st
             there = Path(here.get("began_in", "."), fields[name] or "")
             if name in given:
                 fields[name] = given.pop(name)
-            elif fields[name] is not None and there.exists():
+            elif fields[name] is not None and _is_there(name, there):
                 fields[name] = str(there)
         if part in here:
             here[part] = fields
@@ -159,6 +160,13 @@ def located(configuration: Mapping[str, Any], at: Sequence[str] = ()) -> dict[st
             f"--at: expected NAME=PATH with one of {', '.join(known) or 'none'}, got {', '.join(at)}"
         )
     return here
+
+
+def _is_there(name: str, path: Path) -> bool:
+    """Whether `path` is what a run has by that name: a folder may be called after a model or a tag of weights."""
+    if name == "model":
+        return (path / "open_clip_config.json").exists()
+    return path.is_file() if name == "pretrained" else path.exists()
 
 
 def _kept(configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,19 +182,34 @@ def _kept(configuration: Mapping[str, Any]) -> dict[str, Any]:
 def claim(run_dir: Path, configuration: dict[str, Any], *, resume: bool) -> Iterator[None]:
     """Make `run_dir`, which is reserved, the folder of `configuration`; checkpoint and evaluation stay only to be resumed.
 
-    A block that ends with an error or a signal before the first checkpoint leaves the folder to any other run.
+    A block that ends with an error or a signal before it wrote a checkpoint leaves the folder as it was: to any other
+    run, or with the configuration of the checkpoint that is there.
     """
-    new = not (run_dir / CONFIG).exists()
+    config, checkpoint = run_dir / CONFIG, run_dir / CHECKPOINT
+    before = config.read_bytes() if config.exists() else None
     if not resume:
         for name in (CHECKPOINT, EVALUATION):
             (run_dir / name).unlink(missing_ok=True)
-    write_json(run_dir / CONFIG, configuration)
+    found = _version(checkpoint)
+    write_json(config, configuration)
     try:
         yield
     except BaseException:
-        if new and not (run_dir / CHECKPOINT).exists():
-            (run_dir / CONFIG).unlink(missing_ok=True)
+        if _version(checkpoint) == found:
+            if before is None:
+                config.unlink(missing_ok=True)
+            elif found is not None:
+                with replacing(config) as temporary:
+                    temporary.write_bytes(before)
         raise
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What tells whether a file was replaced; None where there is none."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def read_configuration(run_dir: Path) -> dict[str, Any]:

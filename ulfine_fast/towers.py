@@ -268,9 +268,9 @@ def load_tower(
     downloaded, OSError when a file cannot be read, ImportError when a package is missing.
     """
     if space not in get_args(Space):
-        raise ValueError(f"load_tower: space must be joint or visual, got {space!r}")
+        raise ValueError(f"space must be joint or visual, got {space!r}")
     if size is not None and size < 1:
-        raise ValueError(f"load_tower: size must be at least 1, got {size}")
+        raise ValueError(f"size must be at least 1, got {size}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if model in IMAGE_WEIGHTS:
@@ -280,12 +280,12 @@ def load_tower(
         else:
             tower = _open_clip_tower(model, pretrained, space, size)
     if size is not None and tower.patch is not None and size % tower.patch:
-        raise ValueError(f"load_tower: size must be a multiple of the patch, {tower.patch}, got {size}")
+        raise ValueError(f"size must be a multiple of the patch, {tower.patch}, got {size}")
     _check_input(tower)
     if gradient_checkpointing:
         if not isinstance(tower.blocks, Blocks):
             raise ValueError(
-                f"load_tower: gradient_checkpointing must be False for {model}, which is neither a plain vision"
+                f"gradient_checkpointing must be False for {model}, which is neither a plain vision"
                 " transformer nor a lite tower, got True"
             )
         tower.blocks.checkpointing = True
@@ -298,9 +298,9 @@ def load_tower(
 
 def _lite_tower(variant: str, pretrained: str | None, space: str, size: int) -> Tower:
     if pretrained is not None:
-        raise ValueError(f"load_tower: pretrained must be None for {variant}, got {pretrained!r}")
+        raise ValueError(f"pretrained must be None for {variant}, got {pretrained!r}")
     if size % 32:
-        raise ValueError(f"load_tower: size must be a multiple of 32 for {variant}, got {size}")
+        raise ValueError(f"size must be a multiple of 32 for {variant}, got {size}")
     _joint_only(variant, space)
     network = LiteNet(variant, lite_weights(variant))
     network.blocks = Blocks(*network.blocks)
@@ -326,7 +326,7 @@ def _timm_tower(model: str, pretrained: str | None, space: str, size: int | None
         raise _missing(error) from error
     architecture, _, tag = model.removeprefix("timm:").partition(".")
     if not timm.is_model(architecture):
-        raise ValueError(f"load_tower: model must be timm: and a name of timm.list_models(), got {model!r}")
+        raise ValueError(f"model must be timm: and a name of timm.list_models(), got {model!r}")
     _joint_only(model, space)
     file = pretrained if pretrained and Path(pretrained).is_file() else None
     tag = tag if file else pretrained or tag
@@ -389,22 +389,18 @@ def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int |
     complete = folder or model.startswith("hf-hub:")
     source = f"local-dir:{model}" if folder else model
     if complete and pretrained is not None:
-        raise ValueError(
-            f"load_tower: pretrained must be None for {model}, which has weights, got {pretrained!r}"
-        )
+        raise ValueError(f"pretrained must be None for {model}, which has weights, got {pretrained!r}")
     try:
         config = open_clip.get_model_config(source)
     except OSError as error:
         if folder:
-            raise ValueError(
-                f"load_tower: model must be a folder with open_clip_config.json, got {model}"
-            ) from error
+            raise ValueError(f"model must be a folder with open_clip_config.json, got {model}") from error
         raise _no_download(model, error) from None
     except (ValueError, KeyError, TypeError) as error:
         raise _no_description(model, error) from error
     if config is None:
         raise ValueError(
-            f"load_tower: model must be {', '.join(IMAGE_WEIGHTS)}, timm:NAME, a folder with open_clip_config.json"
+            f"model must be {', '.join(IMAGE_WEIGHTS)}, timm:NAME, a folder with open_clip_config.json"
             f" or a name of open_clip.list_models(), got {model!r}"
         )
     file = tag = None
@@ -517,7 +513,7 @@ def _load_clip(clip: nn.Module, path: Path) -> bool:
     }
     check_values(weights, own)
     if all(name.startswith("visual.") for name in weights):
-        LOGGER.warning("load_tower: %s has no text tower: first prototypes will be class means", path)
+        LOGGER.warning("%s has no text tower: first prototypes will be class means", path)
         weights |= {name: tensor for name, tensor in own.items() if name not in of_image}
         with_text = False
     else:
@@ -537,7 +533,7 @@ def _fetch_tag(open_clip: ModuleType, model: str, tag: str, config: Mapping[str,
         known = open_clip.get_pretrained_cfg(twin, tag) and twin in open_clip.list_models()
         activation = "QuickGELU" if weights.get("quick_gelu") else "GELU"
         raise ValueError(
-            f"load_tower: model must have the activation of {tag!r}, {activation}, got {model};"
+            f"model must have the activation of {tag!r}, {activation}, got {model};"
             + (f" use {twin}" if known else " a checkpoint file is loaded with the activation of the model")
         )
     try:
@@ -561,7 +557,7 @@ def _clip_text(clip: nn.Module, source: str, projection: Tensor | None) -> TextS
         cut = (tokenizer(texts, context_length=length + 1)[:, :length] != tokens).any(dim=1)
         if cut.any():
             raise ValueError(
-                f"text_prototypes: a text must have at most {length} tokens,"
+                f"a text must have at most {length} tokens,"
                 f" got {shorten(texts[int(cut.nonzero()[0])], 100)!r}"
             )
         # it takes its room on the device for this call only
@@ -663,7 +659,7 @@ def _check_input(tower: Tower) -> None:
         raise _wrong_size(tower.network, tower.name, tower.size) from error
     if features.shape != (1, tower.dim):
         raise ValueError(
-            f"load_tower: model must give one feature of width {tower.dim} for an image, got"
+            f"model must give one feature of width {tower.dim} for an image, got"
             f" {list(features.shape)} from {tower.name}"
         )
 
@@ -673,25 +669,23 @@ def _wrong_size(network: nn.Module, model: str, size: int) -> ValueError:
     own = described["input_size"][-1] if described.get("input_size") else "its own"
     fixed = described.get("fixed_input_size") and not hasattr(network, "set_input_size")
     others = ", which takes no other," if fixed else " or another that it can take,"
-    return ValueError(f"load_tower: size must be {own} for {model}{others} got {size}")
+    return ValueError(f"size must be {own} for {model}{others} got {size}")
 
 
 def _side(size: int | Sequence[int], model: str) -> int:
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
-        raise ValueError(f"load_tower: images must be square, got {height} x {width} for {model}")
+        raise ValueError(f"images must be square, got {height} x {width} for {model}")
     return height
 
 
 def _joint_only(model: str, space: str) -> None:
     if space != "joint":
-        raise ValueError(
-            f"load_tower: space must be joint for {model}, which has no projection matrix, got {space!r}"
-        )
+        raise ValueError(f"space must be joint for {model}, which has no projection matrix, got {space!r}")
 
 
 def _warn_of_random_weights(model: str) -> None:
-    LOGGER.warning("load_tower: the weights of %s are random: no pretrained tag or file is given", model)
+    LOGGER.warning("the weights of %s are random: no pretrained tag or file is given", model)
 
 
 def _missing(error: ImportError) -> ImportError:
@@ -700,12 +694,12 @@ def _missing(error: ImportError) -> ImportError:
 
 def _unknown_weights(tags: list[str], given: str) -> ValueError:
     known = f"one of {', '.join(tags)}, or " if tags else ""
-    return ValueError(f"load_tower: pretrained must be {known}a checkpoint file, got {given!r}")
+    return ValueError(f"pretrained must be {known}a checkpoint file, got {given!r}")
 
 
 def _no_download(what: str, error: Exception) -> ConnectionError:
     return ConnectionError(
-        f"load_tower: expected to download {what}, got: {shorten(str(error), 150)}; without a network, name a"
+        f"expected to download {what}, got: {shorten(str(error), 150)}; without a network, name a"
         " checkpoint file as pretrained, or a folder as model"
     )
 
@@ -716,7 +710,7 @@ def _of_file(path: str, model: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"load_tower: expected to read {path}, got: {error.strerror or error}") from error
+        raise OSError(f"expected to read {path}, got: {error.strerror or error}") from error
     # what does not fit fails anywhere in the functions of timm and open_clip
     except Exception as error:
         raise _not_a_checkpoint(model, path, error) from error
@@ -735,11 +729,11 @@ def _quiet() -> Iterator[None]:
 
 def _no_description(model: str, error: Exception) -> ValueError:
     return ValueError(
-        f"load_tower: open_clip_config.json of {model} must be JSON in UTF-8 that describes a model of open_clip,"
+        f"open_clip_config.json of {model} must be JSON in UTF-8 that describes a model of open_clip,"
         f" got: {shorten(str(error), 150) or type(error).__name__}"
     )
 
 
 def _not_a_checkpoint(model: str, path: str, error: Exception) -> ValueError:
     reason = shorten(str(error), 300) or type(error).__name__
-    return ValueError(f"load_tower: {path} must be a checkpoint of {model}, got: {reason}")
+    return ValueError(f"{path} must be a checkpoint of {model}, got: {reason}")

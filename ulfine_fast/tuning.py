@@ -62,16 +62,17 @@ def tune(
     that it cannot have and a number out of range.
     """
     if tower.tuning is not None:
-        raise ValueError(f"tune: tower must not be tuned before, got one tuned by {tower.tuning}")
+        raise ValueError(f"tower must not be tuned before, got one tuned by {tower.tuning}")
     if strategy not in tunings_of(tower):
         raise ValueError(
-            f"tune: strategy must be one of {', '.join(tunings_of(tower))} for {tower.name}, got {strategy!r}"
+            f"tuning must be one of {', '.join(tunings_of(tower))} for {tower.name}, got {strategy!r}"
         )
     depth = len(tower.blocks)
     _check_counts(strategy, classes, width, blocks, depth)
     if strategy == "adaptformer" and not _is_transformer(tower):
         width, blocks = width or _LITE_WIDTH, blocks or _LITE_BLOCKS
-    elif width is None:
+    # what a tower without blocks can have takes none
+    elif width is None and depth:
         width = _PROMPTS if strategy.startswith("vpt") else bottleneck_width(classes, depth)
 
     trained = _existing_parameters(tower, strategy, blocks)
@@ -232,15 +233,15 @@ def _is_transformer(tower: Tower) -> bool:
 
 def _check_counts(strategy: str, classes: int, width: int | None, blocks: int | None, depth: int) -> None:
     if classes < 1:
-        raise ValueError(f"tune: classes must be at least 1, got {classes}")
+        raise ValueError(f"classes must be at least 1, got {classes}")
     if width is not None and (strategy not in _WITH_WIDTH or width < 1):
         expected = "at least 1" if strategy in _WITH_WIDTH else "None"
-        raise ValueError(f"tune: width must be {expected} for {strategy}, got {width}")
+        raise ValueError(f"width must be {expected} for {strategy}, got {width}")
     if strategy == "partial" and blocks is None:
-        raise ValueError(f"tune: blocks must be in 1..{depth} for partial, got None")
+        raise ValueError(f"blocks must be in 1..{depth} for partial, got None")
     if blocks is not None and (strategy not in _WITH_BLOCKS or not 1 <= blocks <= depth):
         expected = f"in 1..{depth}" if strategy in _WITH_BLOCKS else "None"
-        raise ValueError(f"tune: blocks must be {expected} for {strategy}, got {blocks}")
+        raise ValueError(f"blocks must be {expected} for {strategy}, got {blocks}")
 
 
 def _existing_parameters(tower: Tower, strategy: str, blocks: int | None) -> list[nn.Parameter]:
