@@ -479,6 +479,18 @@ def test_a_size_that_the_network_cannot_take(model, size, expected):
         load_tower(model, size=size)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_is_no_mistake_of_the_user(error, monkeypatch):
+    def lacking(*_):
+        raise error
+
+    monkeypatch.setattr(Tower, "forward", lacking)
+    with pytest.raises(type(error)):
+        load_tower("timm:test_vit")
+    with pytest.raises(type(error)), towers._of_file("weights.pt", "timm:test_vit"):
+        lacking()
+
+
 @pytest.mark.parametrize(
     ("model", "size", "patch"),
     [

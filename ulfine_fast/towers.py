@@ -644,6 +644,7 @@ def _set_size(network: nn.Module, model: str, size: int | None) -> None:
             network.set_input_size(size)
         # what timm asserts differs from model to model
         except Exception as error:
+            _raise_if_of_the_machine(error)
             raise _wrong_size(network, model, size) from error
     elif hasattr(network, "image_size"):
         network.image_size = (size, size)
@@ -656,6 +657,7 @@ def _check_input(tower: Tower) -> None:
         features = tower(torch.zeros(1, 3, tower.size, tower.size, dtype=torch.uint8))
     # as above
     except Exception as error:
+        _raise_if_of_the_machine(error)
         raise _wrong_size(tower.network, tower.name, tower.size) from error
     if features.shape != (1, tower.dim):
         raise ValueError(
@@ -713,7 +715,15 @@ def _of_file(path: str, model: str) -> Iterator[None]:
         raise OSError(f"expected to read {path}, got: {error.strerror or error}") from error
     # what does not fit fails anywhere in the functions of timm and open_clip
     except Exception as error:
+        _raise_if_of_the_machine(error)
         raise _not_a_checkpoint(model, path, error) from error
+
+
+def _raise_if_of_the_machine(error: Exception) -> None:
+    """Pass on a lack of memory, which says nothing of a model or a file."""
+    # torch has no type of its own for what the processor lacks
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        raise error
 
 
 @contextmanager
