@@ -316,7 +316,9 @@ def run(
     identity = {
         "method": asdict(method),
         "encoder": tower.fingerprint,
-        "data": data.identity,
+        # numbers first: a difference is told by the first field that differs
+        "images": {name: len(getattr(data, name)) for name in ("labelled", "unlabelled", "test")},
+        "names and labels of images": data.identity,
         # for `evaluate_run` and `export_run`, which have no training images
         "class_names": list(data.class_names),
         "labelled_counts": data.labelled_counts.tolist(),
