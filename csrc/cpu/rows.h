@@ -7,7 +7,8 @@ namespace ulfine::ULFINE_ISA {
 
 // Copies n floats and pads with zeros; `from` may have any alignment and no padding.
 static inline void copy_padded(const float* from, int64_t n, float* to) {
-  memcpy(to, from, n * sizeof(float));
+  // Rows without dimensions may have no address, which memcpy takes for no size.
+  if (n > 0) memcpy(to, from, n * sizeof(float));
   memset(to + n, 0, (padded(n) - n) * sizeof(float));
 }
 
