@@ -74,7 +74,8 @@ def address() -> None:
         "LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": OPTIONS, "PYTHONPATH": str(BUILT), "OMP_WAIT_POLICY": "passive",
     }  # fmt: skip
     tests = ("tests/ops", "tests/test_head_loss.py", "tests/test_backend.py")
-    run(sys.executable, "-P", "-m", "pytest", "-q", "-k", "cpp and not compile", *tests, **environment)
+    # Uncaptured, or the report of a finding would be lost with the process.
+    run(sys.executable, "-P", "-m", "pytest", "-q", "-s", "-k", "cpp and not compile", *tests, **environment)
     run(sys.executable, "-P", "tests/fuzz_ops.py", CALLS, **environment)
 
 

@@ -55,7 +55,7 @@ static inline float unit_row(const float* from, int64_t n, float* to) {
 // it; an infinite one, whose inverse norm is 0 as well and whose y is NaN, gets NaN.
 static inline void unit_row_backward(const float* d, const float* y, float inverse, int64_t n, float* to) {
   if (inverse == 0.0f && dot(y, y, padded(n)) == 0.0f) {
-    memset(to, 0, n * sizeof(float));
+    if (n > 0) memset(to, 0, n * sizeof(float));
     return;
   }
   const float radial = dot(d, y, padded(n));
