@@ -4,7 +4,8 @@
     b_k = linear_scale * w_k,  b_{C+k} = proto_scale * t_k
 
 Letters: w linear probe [C, D] (rows of unit norm unless it is a plain one), t unit prototypes [C, D], e folded bank
-[C, D], b stacked bank [2C, D], rest 1 - eta, f factors [2, C] that make logits of the rows of either branch as they are stored.
+[C, D], b stacked bank [2C, D], rest 1 - eta, f factors [2, C] that make logits of the rows of either branch as they
+are stored.
 """
 
 from __future__ import annotations

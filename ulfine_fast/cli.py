@@ -1,7 +1,7 @@
 """The command `ulfine-fast`: demo, train, finetune, evaluate, export, info.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM. Heavy modules are imported by the command that needs them, so
-that help comes at once.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM. Heavy modules are imported
+by the command that needs them, so that help comes at once.
 """
 
 from __future__ import annotations

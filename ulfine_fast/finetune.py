@@ -437,11 +437,12 @@ def finetune(
         progress: show a progress bar on a terminal, and elsewhere log lines of level INFO.
 
     Returns:
-        TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate, loss (nats,
-        mean of the processes), loss_labelled (of the labelled batch alone after its step), images_per_second (labelled and unlabelled images of all processes), rows_encoded and
-        rows_trained by this process per step since the last record, skipped, and with unlabelled images pseudo_labels
-        (see `pseudo_label_metrics`, over the steps since the last record, without copies of labelled images); the last
-        record the learner's `distribution`, too.
+        TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate, loss
+        (nats, mean of the processes), loss_labelled (of the labelled batch alone after its step), images_per_second
+        (labelled and unlabelled images of all processes), rows_encoded and rows_trained by this process per step
+        since the last record, skipped, and with unlabelled images pseudo_labels (see `pseudo_label_metrics`, over
+        the steps since the last record, without copies of labelled images); the last record the learner's
+        `distribution`, too.
 
     Raises:
         CheckpointError: the checkpoint is damaged, of another run or of more steps. ValueError: batches that the

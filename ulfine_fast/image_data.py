@@ -24,12 +24,12 @@ NUMBERED = "classes are called by their number; text prototypes need names"
 class ImageData:
     """A long-tailed, partly labelled image set; C is the number of classes.
 
-    train: all training images. labelled [n_l >= 1] int64: rows of `train`, each once; labels [n_l] int64 in
-    0..C-1. unlabelled [n_u] int64: rows of `train`, each once, possibly labelled ones too (ACR's protocol).
-    unlabelled_truth [n_u] int64: their classes where known, else -1; for reports only, never for training.
-    test, test_labels [n_t >= 1] int64; validation, validation_labels: the same, or both None. class_names: C
-    >= 2 non-empty names, the same for two classes where these are told apart by their number. notes: what the user must be told about the data, one line each. report:
-    what reading met so far; the sources write into it.
+    train: all training images. labelled [n_l >= 1] int64: rows of `train`, each once; labels [n_l] int64 in 0..C-1.
+    unlabelled [n_u] int64: rows of `train`, each once, possibly labelled ones too (ACR's protocol).
+    unlabelled_truth [n_u] int64: their classes where known, else -1; for reports only, never for training. test,
+    test_labels [n_t >= 1] int64; validation, validation_labels: the same, or both None. class_names: C >= 2
+    non-empty names, the same for two classes where these are told apart by their number. notes: what the user must
+    be told about the data, one line each. report: what reading met so far; the sources write into it.
 
     Raises ValueError when a field breaks this contract.
     """

@@ -1,10 +1,10 @@
 """Where images come from: files or arrays that give RGB pictures.
 
-A file is read strictly. What is damaged raises `UnreadableImage` and is never filled in; what is unusual (CMYK,
-16 bits, transparency, several frames, EXIF orientation) is converted by one documented rule and counted in a
+A file is read strictly. What is damaged raises `UnreadableImage` and is never filled in; what is unusual (CMYK, 16
+bits, transparency, several frames, EXIF orientation) is converted by one documented rule and counted in a
 `ReadReport`. Where the machine fails and not the file (a broken mount, too many open files, no memory), reading is
-tried again and then raises `MachineError`. Several threads may read from one source. From the first file read, warnings raised inside Pillow are
-ignored in the whole process: what they say is in the report or in the error.
+tried again and then raises `MachineError`. Several threads may read from one source. From the first file read,
+warnings raised inside Pillow are ignored in the whole process: what they say is in the report or in the error.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ class ImageFiles:
     file is decoded at 1/2, 1/4 or 1/8 where `at_least` allows it. What is no regular file, such as a pipe, is
     unreadable and not waited for.
 
-    max_pixels: a larger image is unreadable; default `MAX_PIXELS`, above which Pillow warns, and at most twice that,
-    above which Pillow refuses. A file of more than `MAX_BYTES` is unreadable too. Raises ValueError outside that range, and where Pillow was told to fill in what
-    truncated files lack.
+    max_pixels: a larger image is unreadable; default `MAX_PIXELS`, above which Pillow warns, and at most twice
+    that, above which Pillow refuses. A file of more than `MAX_BYTES` is unreadable too. Raises ValueError outside
+    that range, and where Pillow was told to fill in what truncated files lack.
     """
 
     def __init__(

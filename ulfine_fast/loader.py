@@ -231,8 +231,9 @@ class Pending:
     def result(self) -> Views:
         """Wait for the views; to be called once.
 
-        Raises what a worker raised: ValueError when no image of the pool can be read, UnreadableImage for a
-        strong view, MachineError where the machine fails and not a file, RuntimeError with the image's name for anything unexpected or when the loader was closed.
+        Raises what a worker raised: ValueError when no image of the pool can be read, UnreadableImage for a strong
+        view, MachineError where the machine fails and not a file, RuntimeError with the image's name for anything
+        unexpected or when the loader was closed.
         """
         try:
             return self._deliver([future.result() for future in self._futures])

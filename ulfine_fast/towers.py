@@ -261,8 +261,8 @@ def load_tower(
 
     space: "joint", the space of images and texts, or "visual", the features of a CLIP's vision transformer before
     its projection. size: side of the input, pixels; None: the model's own, 160 for a lite tower. A multiple of the
-    patch, of 32 for a lite tower, and one that the network can take. compile: the network goes through torch.compile. gradient_checkpointing: blocks keep
-    only their input and are computed again in backward.
+    patch, of 32 for a lite tower, and one that the network can take. compile: the network goes through
+    torch.compile. gradient_checkpointing: blocks keep only their input and are computed again in backward.
 
     Raises ValueError for a name, tag, file, space or size that does not fit, ConnectionError when weights cannot be
     downloaded, OSError when a file cannot be read, ImportError when a package is missing.

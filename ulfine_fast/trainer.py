@@ -407,8 +407,8 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint is damaged, of another method, schedule or data, or of more steps.
-        ValueError: `capture` without a CUDA device. RuntimeError: 20 steps in a row were not finite, or the
-        last 3; the run stops at its next log step or multiple of 20. KeyboardInterrupt, Terminated: a signal stopped it.
+        ValueError: `capture` without a CUDA device. RuntimeError: 20 steps in a row were not finite, or the last 3;
+        the run stops at its next log step or multiple of 20. KeyboardInterrupt, Terminated: a signal stopped it.
     """
     device = device_of(head) if capture else head.linear.device
     optimizer = build_optimizer(head, method, schedule)
