@@ -69,10 +69,10 @@ def gpu_tests() -> list[str]:
     ]
 
 
-def link() -> None:
-    """Lay links to the Python files out as the installed package has them."""
-    shutil.rmtree(BUILT, ignore_errors=True)
-    package = BUILT / "ulfine_fast"
+def link(built: Path) -> None:
+    """Lay links to the Python files out in `built` as the installed package has them."""
+    shutil.rmtree(built, ignore_errors=True)
+    package = built / "ulfine_fast"
     package.mkdir(parents=True)
     for path in (ROOT / "ulfine_fast").iterdir():
         if path.suffix != ".so" and path.name != "__pycache__":
@@ -80,22 +80,21 @@ def link() -> None:
     (package / "kernels").symlink_to(ROOT / "kernels")
 
 
-def build_commands() -> list[list[str]]:
-    """Configure and build as setup.py does, and look whether the kernels are in it."""
+def build_commands(built: Path, **options: str) -> list[list[str]]:
+    """Configure with these options of CMake and build into `built`, which has links, as setup.py does."""
     import pybind11
 
-    tree = str(BUILT.with_name(f"cmake-gpu-{sys.implementation.cache_tag}"))
+    tree = str(built.with_name(f"cmake-{built.name}-{sys.implementation.cache_tag}"))
     defines = {
-        "ULFINE_CUDA": "ON",
         "CMAKE_BUILD_TYPE": "Release",
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
-        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(BUILT / "ulfine_fast"),
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(built / "ulfine_fast"),
+        **options,
     }
     return [
         ["cmake", "-S", ".", "-B", tree, *(f"-D{name}={value}" for name, value in defines.items())],
         ["cmake", "--build", tree, "--parallel", str(os.cpu_count())],
-        [sys.executable, "-P", "-c", WITH_CUDA],
     ]
 
 
@@ -104,7 +103,8 @@ def commands(stage: str, left: float) -> list[list[str]]:
     python, here = sys.executable, str(Path(__file__).parent)
     checks = [python, f"{here}/gpu_checks.py"]
     if stage == "build":
-        return build_commands()
+        # Built, and the kernels are in it.
+        return [*build_commands(BUILT, ULFINE_CUDA="ON"), [python, "-P", "-c", WITH_CUDA]]
     if stage == "test":
         # Without -P the root would be on the path, and `kernels` a package of its own. Only conftest.py wants
         # hypothesis, and nothing of conftest.py is for a GPU.
@@ -133,7 +133,7 @@ def run(stage: str, left: float = WHOLE) -> str:
         hint = "; SANITIZER=skip leaves this stage out" if stage == "sanitize" else ""
         return f"failed: needs {', '.join(lacking)}{hint}"
     if stage == "build":
-        link()
+        link(BUILT)
     given = environment()
     if stage == "sanitize":
         # One allocation per tensor, or a write past its end would land in another and not be seen.

@@ -120,13 +120,17 @@ def verdict(row: dict, column: str, value: float | None) -> str:
     return ""
 
 
+def _times(ratio: dict[str, float]) -> str:
+    return f"{ratio['p50']:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}]"
+
+
 def _shown(column: str, value: float, row: dict) -> str:
     if column == "us":
         return f"{value:.1f} [{row['p20'] * 1e3:.1f}, {row['p80'] * 1e3:.1f}]"
     if column == "strongest":
         name, ratio = min(row["ratios"].items(), key=lambda item: item[1]["p50"])
         lost = " LOST" if value < 1.0 else ""
-        return f"{name} {value:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}]{lost}"
+        return f"{name} {_times(ratio)}{lost}"
     if column in RIVALS:
         return f"{value:.2f}x"
     return f"{value:.0f}" if column == "launches" else f"{value:.3g}"
@@ -182,9 +186,7 @@ def head_steps(record: dict) -> str:
             cells.append(_shown("us", row["p50"] * 1e3, row))
             for rival in rivals:
                 ratio = row["ratios"].get(rival)
-                cells.append(
-                    f"{ratio['p50']:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}]" if ratio else "-"
-                )
+                cells.append(_times(ratio) if ratio else "-")
         cells.append(f"{100 * ours[1]['of_roofline']:.0f} %")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

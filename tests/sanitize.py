@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
-
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "sanitize"
 ADDRESS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
@@ -26,45 +24,22 @@ def run(*command: object, **environment: str) -> None:
     """Run in the root of the tree; ends this program with the status of a command that fails."""
     words = [str(word) for word in command]
     print("sanitize:", " ".join(words), flush=True)
-    ended = subprocess.run(words, cwd=ROOT, env={**os.environ, **environment}).returncode
+    # cmake stands beside the interpreter
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    ended = subprocess.run(words, cwd=ROOT, env={**os.environ, "PATH": path, **environment}).returncode
     if ended:
         sys.exit(f"sanitize: exit status {ended}")
 
 
-def link(package: Path) -> None:
-    """Lay links to the Python files out as the installed package has them."""
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir(parents=True)
-    for path in (ROOT / "ulfine_fast").iterdir():
-        if path.suffix != ".so" and path.name != "__pycache__":
-            (package / path.name).symlink_to(path)
-    (package / "kernels").symlink_to(ROOT / "kernels")
-
-
 def address() -> None:
     """Build with both sanitizers, and use the build."""
-    package, tree = BUILT / "ulfine_fast", BUILT.with_name("cmake-sanitize")
-    link(package)
-    defines = {
-        "ULFINE_CUDA": "OFF",
-        "CMAKE_CXX_FLAGS": ADDRESS,
-        "CMAKE_MODULE_LINKER_FLAGS": ADDRESS,
-        "CMAKE_BUILD_TYPE": "RelWithDebInfo",
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": package,
-    }
-    run(
-        "cmake",
-        "-S",
-        ".",
-        "-B",
-        tree,
-        "-G",
-        "Ninja",
-        *(f"-D{name}={value}" for name, value in defines.items()),
-    )
-    run("cmake", "--build", tree)
+    sys.path.append(str(ROOT / "benchmarks"))
+    from gpu import build_commands, link
+
+    link(BUILT)
+    options = {"ULFINE_CUDA": "OFF", "CMAKE_CXX_FLAGS": ADDRESS, "CMAKE_MODULE_LINKER_FLAGS": ADDRESS}
+    for command in build_commands(BUILT, CMAKE_BUILD_TYPE="RelWithDebInfo", **options):
+        run(*command)
     compiler = os.environ.get("CXX", "c++").split()[0]
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
     found = [
@@ -88,7 +63,7 @@ def thread() -> None:
     BUILT.mkdir(parents=True, exist_ok=True)
     driver = BUILT / "threads"
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-fopenmp", "-DULFINE_ISA=baseline", "-Icsrc"]
-    run(compiler, *flags, "tests/portability.cpp", *sorted(Path("csrc/cpu").glob("*.cpp")), "-o", driver)
+    run(compiler, *flags, "tests/portability.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp")), "-o", driver)
     with (BUILT / "threads.out").open("w") as out:
         environment = {
             **os.environ,
