@@ -132,17 +132,16 @@ class PrototypeState(nn.Module):
         """
         self._check_labels("update", pseudo)
         _checks.between("update", "scale_decay", scale_decay, 0.0, 1.0)
-        self._update(features, targets, pseudo, mu, beta, gamma, scale_decay)
+        self._update(features, targets, pseudo, scale_decay, gamma, mu=mu, beta=beta)
 
     def _update(
         self,
         features: Tensor,
         targets: Tensor,
         pseudo: PseudoLabels,
-        mu: float,
-        beta: float,
-        gamma: float,
         scale_decay: float,
+        gamma: float,
+        **shares: float,
     ) -> None:
         # The first to change anything, for it checks the rest.
         proto_fit_(
@@ -153,9 +152,8 @@ class PrototypeState(nn.Module):
             self.visual,
             self.seen,
             self.distribution,
-            mu=mu,
-            beta=beta,
             gamma=gamma,
+            **shares,
         )
         self._measure(pseudo.branch_scale, scale_decay)
         kept = pseudo.kept_histogram.to(self.kept_distribution.dtype)

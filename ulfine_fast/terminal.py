@@ -22,7 +22,7 @@ from ulfine_fast.checkpoint import CHECKPOINT, Terminated, stop
 if TYPE_CHECKING:
     from rich.console import Console
 
-SIGINT_CODE, SIGTERM_CODE = 130, 143
+CTRL_C = 128 + signal.SIGINT
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 PANEL_DATA, PANEL_ENCODER, PANEL_TRAINING, PANEL_RUN = "Data", "Encoder", "Training", "Run"
 Device = Literal["auto", "cpu", "cuda"]
@@ -51,7 +51,7 @@ class Commands(TyperGroup):
             code = _stopped_by(error)
             if code:
                 again = "; nothing was half written, run the same command again"
-                by = "SIGTERM" if code == SIGTERM_CODE else "Ctrl-C"
+                by = "Ctrl-C" if code == CTRL_C else "SIGTERM"
                 say(f"stopped by {by}" + (how_to_resume(ctx) or again))
                 raise typer.Exit(code) from None
             if ctx.params.get("traceback"):
@@ -73,7 +73,7 @@ def _stopped_by(error: BaseException | None) -> int:
     """
     while error is not None:
         if isinstance(error, (KeyboardInterrupt, Terminated)):
-            return SIGTERM_CODE if isinstance(error, Terminated) else SIGINT_CODE
+            return error.code if isinstance(error, Terminated) else CTRL_C
         error = error.__cause__
     return 0
 
