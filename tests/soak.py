@@ -32,7 +32,8 @@ from ulfine_fast import experiment, report
 from ulfine_fast.checkpoint import CHECKPOINT, digest_of, load_checkpoint
 from ulfine_fast.cli import app
 from ulfine_fast.config import METHODS, Schedule
-from ulfine_fast.trainer import Batches, build_head, train
+from ulfine_fast.learners.dual import build_head
+from ulfine_fast.trainer import Batches, train
 
 TRAIN = ("train", "--steps", "150", "--log-every", "50", "--checkpoint-every", "10")
 FINETUNE = (

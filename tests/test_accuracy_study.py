@@ -10,7 +10,8 @@ import torch
 from synthetic import small_data
 
 from ulfine_fast.config import METHODS, Schedule
-from ulfine_fast.trainer import build_head, train
+from ulfine_fast.learners.dual import build_head
+from ulfine_fast.trainer import train
 from ulfine_fast.validation import choose_eta, settle_eta
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "accuracy"

@@ -14,11 +14,11 @@ from tolerances import assert_same_bits, never_waits
 from ulfine_fast import capture, trainer, use_backend
 from ulfine_fast.capture import CapturedStep
 from ulfine_fast.config import METHODS, Schedule
+from ulfine_fast.learners.dual import build_head
 from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.trainer import (
     Batches,
     LabelledClasses,
-    build_head,
     build_optimizer,
     train,
     train_step,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ulfine_fast import evaluation
+from ulfine_fast.evaluation import CHUNK
 from ulfine_fast.learners import build_learner
-from ulfine_fast.trainer import CHUNK
 
 
 def test_logits_are_held_of_few_views_at_a_time():

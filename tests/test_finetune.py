@@ -25,8 +25,9 @@ from ulfine_fast.config import METHODS, FineTuning, Schedule
 from ulfine_fast.distributed import World
 from ulfine_fast.finetune import Engine, Student, finetune, load_tuned_tensors, tuned_tensors
 from ulfine_fast.learners import LEARNERS, build_learner
+from ulfine_fast.learners.dual import build_head
 from ulfine_fast.losses import labelled_log_prior
-from ulfine_fast.trainer import CHECKPOINT, build_head, train
+from ulfine_fast.trainer import CHECKPOINT, train
 
 DATA = small_data(protocol="acr")
 SHORT = FineTuning(steps=8, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=3)

@@ -18,21 +18,15 @@ from ulfine_fast.learners import LEARNERS, Learner, Pseudo, build_learner
 from ulfine_fast.learners.acr import AcrConfig, reversed_ranks
 from ulfine_fast.learners.ccl import CclConfig
 from ulfine_fast.learners.daso import DasoConfig
-from ulfine_fast.learners.dual import DUAL, DualConfig
+from ulfine_fast.learners.dual import DUAL, DualConfig, build_head
 from ulfine_fast.learners.finessl import FineSslConfig
 from ulfine_fast.learners.freematch import FreeMatchConfig
 from ulfine_fast.learners.learner import confident, consistency
 from ulfine_fast.learners.loft import LoftConfig
 from ulfine_fast.learners.running import RunningSum, class_sums
 from ulfine_fast.losses import LOSSES, labelled_log_prior, one_hot
-from ulfine_fast.trainer import (
-    MOMENTUM,
-    Batches,
-    LabelledClasses,
-    build_head,
-    build_optimizer,
-    train_step,
-)
+from ulfine_fast.optimizer import MOMENTUM
+from ulfine_fast.trainer import Batches, LabelledClasses, build_optimizer, train_step
 
 FINITE = torch.tensor(True)
 # eta is settled before a head is built

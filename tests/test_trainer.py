@@ -21,20 +21,20 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ulfine_fast import trainer, use_backend
+from ulfine_fast.batches import Stream
 from ulfine_fast.checkpoint import CheckpointError, Terminated
 from ulfine_fast.config import METHODS, Schedule
+from ulfine_fast.learners.dual import build_head
 from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.ops.dual_cross_entropy import dual_cross_entropy_reference
 from ulfine_fast.ops.orthogonality import orthogonality_reference
+from ulfine_fast.optimizer import learning_rate
 from ulfine_fast.trainer import (
     CHECKPOINT,
     Batches,
     LabelledClasses,
-    Stream,
-    build_head,
     build_optimizer,
     evaluate,
-    learning_rate,
     predict,
     train,
     train_step,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ulfine_fast import validation
 from ulfine_fast.config import METHODS, Schedule
-from ulfine_fast.trainer import build_head
+from ulfine_fast.learners.dual import build_head
 from ulfine_fast.validation import ETAS, choose_eta, settle_eta
 
 METHOD = METHODS["ulfine_plus"]

@@ -13,13 +13,43 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.config import FineTuning
-from ulfine_fast.trainer import Stream
 
 if TYPE_CHECKING:
     from ulfine_fast.augment import Kind
     from ulfine_fast.features import FeatureData
     from ulfine_fast.image_data import ImageData
     from ulfine_fast.loader import Pending, ViewLoader
+
+
+class Stream:
+    """Endless stream over `size` rows, reshuffled in every pass: the rows of a step depend on the step alone.
+
+    Pass p is drawn from (seed, role, p): an order of the rows, and for each kind of view the copy of each row.
+    """
+
+    def __init__(
+        self, size: int, batch: int, copies: tuple[int, ...], seed: int, role: int, device: torch.device
+    ) -> None:
+        self.size, self.batch, self.copies = size, batch, copies
+        self.key = seed, role
+        self.device = device
+        self.passes: dict[int, Tensor] = {}
+
+    def __call__(self, step: int) -> Tensor:
+        """[1 + len(copies), batch] int64: row numbers, then a copy number for each kind of view."""
+        start, stop = step * self.batch, (step + 1) * self.batch
+        wanted = range(start // self.size, (stop - 1) // self.size + 1)
+        self.passes = {p: self.passes[p] if p in self.passes else self._pass(p) for p in wanted}
+        parts = [
+            table[:, max(start - p * self.size, 0) : stop - p * self.size] for p, table in self.passes.items()
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _pass(self, number: int) -> Tensor:
+        random = np.random.default_rng((*self.key, number))
+        order = random.permutation(self.size)
+        copies = [random.integers(count, size=self.size) for count in self.copies]
+        return torch.from_numpy(np.stack([order, *copies])).to(self.device)
 
 
 class FeatureViews:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,21 @@ from torch.nn import functional as F
 
 from ulfine_fast.learners import Learner
 from ulfine_fast.metrics import classification_metrics
-from ulfine_fast.trainer import CHUNK, Predictions, most_likely
+
+CHUNK = 8192
+
+
+class Predictions(NamedTuple):
+    """Predictions over N rows, on the CPU."""
+
+    label: Tensor  # [N] int64
+    confidence: Tensor  # [N] float32, softmax probability of the label
+
+
+def most_likely(logits: Tensor) -> Predictions:
+    """The class of the highest logit in each row of [N, C], and its softmax probability, at most 1."""
+    top, label = logits.max(-1)
+    return Predictions(label.cpu(), (top - logits.logsumexp(-1)).exp().clamp_max(1.0).cpu())
 
 
 def fused_logits(learner: Learner, features: Tensor) -> Tensor:

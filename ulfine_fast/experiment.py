@@ -15,11 +15,14 @@ import torch
 
 from ulfine_fast import report
 from ulfine_fast.config import Data, Method, Schedule
+from ulfine_fast.evaluation import Predictions
 from ulfine_fast.features import FeatureData, load_features
 from ulfine_fast.head import DualHead
+from ulfine_fast.history import TrainResult
+from ulfine_fast.learners.dual import build_head
 from ulfine_fast.run_folder import CONFIG, load_run
 from ulfine_fast.splits import ClassRow, split_table
-from ulfine_fast.trainer import Predictions, TrainResult, build_head, evaluate, load_head, predict, train
+from ulfine_fast.trainer import evaluate, load_head, predict, train
 from ulfine_fast.validation import settle_eta
 
 UNITS = {"accuracy": "fraction of images, 0 to 1", "loss": "nats", "seconds": "s", "std": "sample, n - 1"}

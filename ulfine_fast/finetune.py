@@ -45,25 +45,27 @@ from ulfine_fast.distributed import (
     take_from_first,
     whole,
 )
-from ulfine_fast.learners import Learner, Pseudo
-from ulfine_fast.losses import labelled_log_prior
-from ulfine_fast.metrics import pseudo_label_metrics
-from ulfine_fast.splits import groups_by_rank
-from ulfine_fast.trainer import (
+from ulfine_fast.history import (
     MOST_SKIPS,
     TrainResult,
     check_skips,
     count_skips,
+    reporting,
+    resumed,
+    run_record,
+    warn_of_guessing,
+)
+from ulfine_fast.learners import Learner, Pseudo
+from ulfine_fast.losses import labelled_log_prior
+from ulfine_fast.metrics import pseudo_label_metrics
+from ulfine_fast.optimizer import (
     fused_optimizer,
     learning_rate,
     load_optimizer,
     optimizer_tensors,
-    reporting,
-    resumed,
-    run_record,
     set_learning_rate,
-    warn_of_guessing,
 )
+from ulfine_fast.splits import groups_by_rank
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -22,9 +22,11 @@ from ulfine_fast.checkpoint import CheckpointError, digest_of, replacing
 from ulfine_fast.config import PRESETS, Encoder, FineTuning, Images, Schedule
 from ulfine_fast.datasets import dataset_data
 from ulfine_fast.distributed import World, gather_octets, gather_rows, whole
+from ulfine_fast.evaluation import Predictions
 from ulfine_fast.experiment import UNITS, curve, surroundings
 from ulfine_fast.features import FeatureData
 from ulfine_fast.finetune import Student, encode, finetune, load_tuned_tensors, tuned_tensors
+from ulfine_fast.history import TrainResult
 from ulfine_fast.image_data import UNKNOWN, ImageData, shortened
 from ulfine_fast.image_folders import folder_data
 from ulfine_fast.image_tables import list_data, table_data
@@ -35,7 +37,6 @@ from ulfine_fast.loader import ViewLoader, default_workers, evaluation_batches
 from ulfine_fast.run_folder import CONFIG, PLACES, load_run
 from ulfine_fast.splits import ClassRow, first_per_class, groups_by_rank
 from ulfine_fast.towers import Tower, load_tower
-from ulfine_fast.trainer import Predictions, TrainResult
 from ulfine_fast.tuning import tune
 from ulfine_fast.validation import settle_eta
 

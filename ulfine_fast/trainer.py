@@ -9,56 +9,65 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ulfine_fast.batches import Stream
 from ulfine_fast.capture import CapturedStep, device_of
 from ulfine_fast.checkpoint import (
     CHECKPOINT,
-    CheckpointError,
     deferred_signals,
     digest,
     load_checkpoint,
     save_checkpoint,
     stop,
 )
-from ulfine_fast.config import FineTuning, Method, Schedule
+from ulfine_fast.config import Method, Schedule
+from ulfine_fast.evaluation import CHUNK, Predictions, most_likely
 from ulfine_fast.head import DualHead
+from ulfine_fast.history import (
+    MOST_SKIPS,
+    TrainResult,
+    check_skips,
+    count_skips,
+    reporting,
+    resumed,
+    run_record,
+    warn_of_guessing,
+)
+from ulfine_fast.learners.dual import (
+    BRANCHES,
+    measure_scales,
+    only,
+    parameter_groups,
+    strong_adjustment,
+    weak_adjustment,
+)
 from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.metrics import classification_metrics, pseudo_label_metrics
+from ulfine_fast.optimizer import (
+    fused_optimizer,
+    learning_rate,
+    load_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
 from ulfine_fast.splits import groups_by_rank
 
 if TYPE_CHECKING:
     from ulfine_fast.features import FeatureData
-    from ulfine_fast.state import PrototypeState
 
 LOGGER = logging.getLogger(__name__)
-MOMENTUM = 0.9
-# An adjustment by kept pseudo-labels is milder than one by the labelled prior, see `labelled_log_prior`.
-SMALLEST_KEPT_SHARE = 1e-4
-MOST_SKIPS = 20
-# A run that ends with so many in a row has diverged; a single one is float16 that looks for its scale.
-SKIPS_AT_THE_END = 3
-# Records whose mean labelled loss is compared with that of a guess: one batch alone may be hard.
-GUESSING_RECORDS = 4
-# Seconds between two lines about a run, and steps that the first estimate of its time rests on.
-LINE_SECONDS, FIRST_STEPS = 30.0, 3
 # One class with more than this share of P_u is worth a warning.
 COLLAPSED_SHARE = 0.9
 # Unlabelled rows that the quality of pseudo-labels is measured on: a log step must stay cheap on a large set.
 REPORT_ROWS = 2048
-CHUNK = 8192
-BRANCHES = {"fused": None, "linear": 1.0, "text": 0.0}
 
 
 class Batch(NamedTuple):
@@ -162,60 +171,6 @@ def train_step(
     return StepReport(loss.detach(), pseudo.keep.sum() / max(len(batch.weak), 1), finite)
 
 
-def measure_scales(head: DualHead, weak: Tensor, method: Method) -> None:
-    """Take the first ratio of scales from the first batch, before anything is fused with it."""
-    if len(weak):
-        scales = head.pseudo_label(weak, method.threshold, scale_rows=method.scale_rows).branch_scale
-        head.state.measure(scales, method.scale_decay)
-
-
-def weak_adjustment(state: PrototypeState, method: Method) -> Tensor | None:
-    """Logit adjustment [C] of the weak rows, None for none."""
-    return method.prior_shift * state.log_distribution() if method.prior_shift else None
-
-
-def strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor) -> Tensor | None:
-    """Logit adjustment [C] of the strong rows, None for none."""
-    if method.adjust_unlabelled == "labelled":
-        return method.adjust_labelled * log_prior
-    if method.adjust_unlabelled == "kept":
-        return _log_kept(state)
-    if method.adjust_unlabelled == "both":
-        return 0.5 * (_log_kept(state) + method.adjust_labelled * log_prior)
-    return None
-
-
-def _log_kept(state: PrototypeState) -> Tensor:
-    """[C] logarithm of the prior of the kept pseudo-labels; uniform, which adjusts nothing, before the first."""
-    kept = state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
-    return (kept / kept.sum()).log()
-
-
-def build_head(prototypes: Tensor, method: Method, seed: int = 0) -> DualHead:
-    """Head of `method` over text features [C, D]; `seed` draws a random start of the linear probe.
-
-    Raises ValueError for a method whose eta is still to be chosen, see `validation.settle_eta`.
-    """
-    if method.eta_folds:
-        raise ValueError(
-            f"eta_folds must be 0 for a head, got {method.eta_folds}; choose eta with validation.settle_eta"
-        )
-    linear = None
-    if method.linear_init == "random":
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(prototypes.shape, generator=generator) * 2.0 - 1.0
-        linear = F.normalize(uniform, dim=-1).to(prototypes.device)
-    return DualHead(
-        prototypes,
-        linear,
-        eta=method.eta,
-        linear_scale=method.linear_scale,
-        proto_scale=method.proto_scale,
-        normalize_linear=method.normalize_linear,
-        loss_on=method.loss_on,
-    )
-
-
 def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch.optim.Optimizer:
     """Fused SGD (momentum 0.9) or AdamW over the linear probe and, if it is learned, the textual prototypes.
 
@@ -225,74 +180,6 @@ def build_optimizer(head: DualHead, method: Method, schedule: Schedule) -> torch
     """
     groups = parameter_groups(head, method, schedule.weight_decay)
     return fused_optimizer(groups, schedule.optimizer, schedule.learning_rate)
-
-
-def parameter_groups(head: DualHead, method: Method, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of `build_optimizer`."""
-    groups = [{"params": [head.linear], "weight_decay": weight_decay}]
-    if method.orthogonality_weight:
-        groups.append({"params": [head.state.textual], "weight_decay": 0.0})
-    return groups
-
-
-def fused_optimizer(groups: list[dict[str, Any]], kind: str, rate: float) -> torch.optim.Optimizer:
-    """Fused "sgd" (momentum 0.9) or "adamw" over `groups`, which skips a step where its `found_inf` is not 0."""
-    device = groups[0]["params"][0].device
-    if device.type == "cuda":
-        rate = torch.tensor(rate, device=device)
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, fused=True)
-    optimizer = torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, fused=True)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            # the first step would otherwise leave the buffer unset if it is skipped
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def learning_rate(schedule: Schedule | FineTuning, step: int) -> float:
-    """Cosine from `schedule.learning_rate` at step 0 to 0 at `schedule.steps`."""
-    return schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give the next step this learning rate: in place where it is a tensor, which a captured step reads."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
-class Stream:
-    """Endless stream over `size` rows, reshuffled in every pass: the rows of a step depend on the step alone.
-
-    Pass p is drawn from (seed, role, p): an order of the rows, and for each kind of view the copy of each row.
-    """
-
-    def __init__(
-        self, size: int, batch: int, copies: tuple[int, ...], seed: int, role: int, device: torch.device
-    ) -> None:
-        self.size, self.batch, self.copies = size, batch, copies
-        self.key = seed, role
-        self.device = device
-        self.passes: dict[int, Tensor] = {}
-
-    def __call__(self, step: int) -> Tensor:
-        """[1 + len(copies), batch] int64: row numbers, then a copy number for each kind of view."""
-        start, stop = step * self.batch, (step + 1) * self.batch
-        wanted = range(start // self.size, (stop - 1) // self.size + 1)
-        self.passes = {p: self.passes[p] if p in self.passes else self._pass(p) for p in wanted}
-        parts = [
-            table[:, max(start - p * self.size, 0) : stop - p * self.size] for p, table in self.passes.items()
-        ]
-        return torch.cat(parts, dim=1)
-
-    def _pass(self, number: int) -> Tensor:
-        random = np.random.default_rng((*self.key, number))
-        order = random.permutation(self.size)
-        copies = [random.integers(count, size=self.size) for count in self.copies]
-        return torch.from_numpy(np.stack([order, *copies])).to(self.device)
 
 
 class Batches:
@@ -358,23 +245,6 @@ class Quality:
         estimate = head.state.distribution.tolist()
         distance = sum(abs(p - q) for p, q in zip(estimate, self.share, strict=True))
         return {"pseudo_labels": branches, "distribution": estimate, "distribution_l1": distance}
-
-
-def only(head: DualHead, eta: float | None) -> DualHead:
-    """`head` read with another weight of the linear branch, sharing all tensors; None is its own weight."""
-    reading = copy.copy(head)
-    reading.eta = head.eta if eta is None else eta
-    return reading
-
-
-@dataclass
-class TrainResult:
-    """What a run leaves beside the trained head."""
-
-    history: list[dict[str, Any]] = field(default_factory=list)  # one record per log step
-    seconds: float = 0.0  # wall time of the steps, interrupted parts included
-    steps: int = 0  # steps done
-    skipped: int = 0  # steps that changed nothing because something was not finite
 
 
 def train(
@@ -471,55 +341,6 @@ def train(
     return result
 
 
-@contextmanager
-def reporting(
-    start: int, steps: int, progress: bool
-) -> Iterator[Callable[[int, Mapping[str, Any] | None], None]]:
-    """A function to call after each step, with the steps done and at a log step what there is to show.
-
-    It moves a bar on a terminal. Elsewhere it logs a line after the first steps, at log steps and every 30 seconds:
-    how far the run is and how long it will take. Without `progress` it does nothing.
-    """
-    from tqdm import tqdm
-
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    bar = tqdm(
-        total=steps,
-        initial=start,
-        unit="step",
-        disable=not (progress and steps and terminal),
-        leave=False,
-        desc="training",
-    )
-    began = said = time.monotonic()
-
-    def report(done: int, shown: Mapping[str, Any] | None = None) -> None:
-        nonlocal said
-        values = {
-            name: f"{x:.3f}" if isinstance(x, float) else str(x or "-") for name, x in (shown or {}).items()
-        }
-        bar.update()
-        if values:
-            bar.set_postfix(values, refresh=False)
-        now = time.monotonic()
-        due = values or done - start == FIRST_STEPS or now - said >= LINE_SECONDS
-        if progress and not terminal and due:
-            said = now
-            left = (now - began) / (done - start) * (steps - done)
-            found = "".join(f", {name} {value}" for name, value in values.items())
-            LOGGER.info("step %d of %d%s, about %s to go", done, steps, found, _duration(left))
-
-    with bar:
-        yield report
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
-
-
 @torch.no_grad()
 def _terms(
     head: DualHead, batch: Batch, method: Method, log_prior: Tensor, *, first: bool
@@ -570,52 +391,6 @@ def _warn_of_collapse(record: dict[str, Any], history: list[dict[str, Any]]) -> 
         )
 
 
-def count_skips(skips: Tensor, finite: Tensor) -> Tensor:
-    """The steps that changed nothing, in a row, the longest row and all, [3] int64, after one more step.
-
-    finite: [] bool; nothing waits for the device to know.
-    """
-    row = torch.where(finite, 0, skips[0] + 1)
-    return torch.stack([row, torch.maximum(row, skips[1]), skips[2] + ~finite])
-
-
-def check_skips(skips: Tensor, loss: Tensor, done: int, steps: int, remedy: str) -> None:
-    """RuntimeError, with a `remedy`, for 20 steps in a row that changed nothing, or 3 at the end of the run.
-
-    skips: see `count_skips`. loss: of the last one of the `done` steps, out of `steps`.
-    """
-    row, longest = skips[:2].tolist()
-    if longest >= MOST_SKIPS or (done == steps and row >= SKIPS_AT_THE_END):
-        what = "loss or gradient" if bool(loss.isfinite()) else "loss"
-        raise RuntimeError(
-            f"training stopped at step {done}: {what} was not finite in {max(row, longest)} steps in a row; {remedy}"
-        )
-
-
-def warn_of_guessing(history: list[dict[str, Any]], log_prior: Tensor) -> None:
-    """Log a warning when the labelled loss of the last records begins to be no better than a guess by class size.
-
-    log_prior: [C] of the labelled classes; the guess costs their entropy, in nats. That is how a rate that is too high
-    shows while all numbers are finite.
-    """
-    guess = float(-(log_prior.exp() * log_prior).sum())
-
-    def guesses(records: list[dict[str, Any]]) -> bool:
-        losses = [record["loss_labelled"] for record in records]
-        return len(losses) == GUESSING_RECORDS and None not in losses and sum(losses) >= guess * len(losses)
-
-    before, last = history[-GUESSING_RECORDS - 1 : -1], history[-GUESSING_RECORDS:]
-    if guesses(last) and not guesses(before):
-        LOGGER.warning(
-            "step %d: the labelled loss, %.2f nats over the last %d records, is no better than a guess by class size"
-            " (%.2f): if it stays so, lower the learning rate",
-            last[-1]["step"],
-            sum(record["loss_labelled"] for record in last) / len(last),
-            len(last),
-            guess,
-        )
-
-
 def _identity(data: FeatureData, method: Method, schedule: Schedule) -> dict[str, Any]:
     """What a checkpoint must share with the run that continues it."""
     used = ("labelled", "labels", "weak", "strong", "prototypes", "unlabelled_is_labelled", "labelled_counts")
@@ -626,41 +401,6 @@ def _identity(data: FeatureData, method: Method, schedule: Schedule) -> dict[str
         "schedule": schedule.identity(),
         "data": {name: digest(torch.as_tensor(getattr(data, name))) for name in used},
     }
-
-
-def run_record(schedule: Schedule | FineTuning, result: TrainResult) -> dict[str, Any]:
-    """What a checkpoint says of a run beside its identity."""
-    return {
-        "steps": result.steps,
-        "planned": schedule.steps,
-        "seconds": result.seconds,
-        "history": result.history,
-    }
-
-
-def resumed(
-    path: Path, record: Mapping[str, Any], schedule: Schedule | FineTuning, skips: Tensor
-) -> TrainResult:
-    """The result so far from the `run_record` of checkpoint `path`, and a line in the log about what follows.
-
-    Another number of steps than was planned is a warning, for the cosine is another one; CheckpointError for fewer
-    than are done.
-    """
-    done, planned, steps = record["steps"], record["planned"], schedule.steps
-    if steps < done:
-        raise CheckpointError(f"{path}: steps must be at least the {done} that are done, got {steps}")
-    if done and steps != planned:
-        LOGGER.warning(
-            "the run was planned with %d steps: after step %d its learning rate goes from %.3g to %.3g, and its result"
-            " is not that of %d steps in one go",
-            planned,
-            done,
-            learning_rate(replace(schedule, steps=planned), done),
-            learning_rate(schedule, done),
-            steps,
-        )
-    LOGGER.info("going on after step %d of %d", done, steps)
-    return TrainResult(record["history"], record["seconds"], done, int(skips[2]))
 
 
 def _save(
@@ -694,49 +434,10 @@ def _restore(
     return result
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of `optimizer` by names "optimizer.PARAMETER.SLOT", for a checkpoint."""
-    return {
-        f"optimizer.{index}.{slot}": tensor
-        for index, slots in optimizer.state_dict()["state"].items()
-        for slot, tensor in slots.items()
-    }
-
-
-@torch.no_grad()
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Fill `optimizer` from the tensors of a checkpoint."""
-    saved = optimizer.state_dict()
-    saved["state"] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, slot = name.split(".")
-            saved["state"].setdefault(int(index), {})[slot] = tensor
-    optimizer.load_state_dict(saved)
-    for parameter, slots in optimizer.state.items():
-        for slot, tensor in slots.items():
-            if tensor.shape == parameter.shape:
-                # fused kernels go by memory, whose order a checkpoint does not keep: channels may be last
-                slots[slot] = torch.empty_like(parameter).copy_(tensor)
-
-
 def load_head(head: DualHead, tensors: dict[str, Tensor]) -> None:
     """Fill `head` from the tensors of a checkpoint."""
     prefix = "head."
     head.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-
-
-class Predictions(NamedTuple):
-    """Predictions over N rows, on the CPU."""
-
-    label: Tensor  # [N] int64
-    confidence: Tensor  # [N] float32, softmax probability of the label
-
-
-def most_likely(logits: Tensor) -> Predictions:
-    """The class of the highest logit in each row of [N, C], and its softmax probability, at most 1."""
-    top, label = logits.max(-1)
-    return Predictions(label.cpu(), (top - logits.logsumexp(-1)).exp().clamp_max(1.0).cpu())
 
 
 def predict(head: DualHead, features: Tensor, branch: str = "fused", *, chunk: int = CHUNK) -> Predictions:

@@ -16,17 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ulfine_fast.config import Method, Schedule
+from ulfine_fast.learners.dual import build_head
 from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.ops._rows import unit_rows
-from ulfine_fast.trainer import (
-    Batches,
-    LabelledClasses,
-    build_head,
-    build_optimizer,
-    learning_rate,
-    set_learning_rate,
-    train_step,
-)
+from ulfine_fast.optimizer import learning_rate, set_learning_rate
+from ulfine_fast.trainer import Batches, LabelledClasses, build_optimizer, train_step
 
 if TYPE_CHECKING:
     from ulfine_fast.features import FeatureData

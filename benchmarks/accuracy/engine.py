@@ -18,8 +18,11 @@ from torch.nn import functional as F
 
 from ulfine_fast.config import METHODS, Method, Schedule
 from ulfine_fast.features import FeatureData
+from ulfine_fast.learners.dual import SMALLEST_KEPT_SHARE
+from ulfine_fast.losses import labelled_log_prior
+from ulfine_fast.optimizer import MOMENTUM, learning_rate
 from ulfine_fast.splits import groups_by_rank
-from ulfine_fast.trainer import MOMENTUM, SMALLEST_KEPT_SHARE, Batches, labelled_log_prior, learning_rate
+from ulfine_fast.trainer import Batches
 from ulfine_fast.validation import ETAS, SCALE_DECAY, STEPS
 
 SMALLEST_SHARE = 1e-4

@@ -5,27 +5,28 @@ On the same features a step is that of `trainer.train_step`, except that rejecte
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ulfine_fast.config import METHODS, Method
+from ulfine_fast.head import DualHead
 from ulfine_fast.learners.learner import Learner, Pseudo
 from ulfine_fast.losses import LOSSES, labelled_log_prior, one_hot
 from ulfine_fast.ops import PseudoLabels, proto_logits
-from ulfine_fast.trainer import (
-    BRANCHES,
-    build_head,
-    measure_scales,
-    only,
-    parameter_groups,
-    strong_adjustment,
-    weak_adjustment,
-)
+
+if TYPE_CHECKING:
+    from ulfine_fast.state import PrototypeState
+
+# An adjustment by kept pseudo-labels is milder than one by the labelled prior, see `labelled_log_prior`.
+SMALLEST_KEPT_SHARE = 1e-4
+BRANCHES = {"fused": None, "linear": 1.0, "text": 0.0}
 
 
 @dataclass(frozen=True)
@@ -205,3 +206,72 @@ class Dual(Learner):
     def distribution(self) -> Tensor | None:
         """[C] P_u."""
         return self.head.state.distribution if self.semi else None
+
+
+def build_head(prototypes: Tensor, method: Method, seed: int = 0) -> DualHead:
+    """Head of `method` over text features [C, D]; `seed` draws a random start of the linear probe.
+
+    Raises ValueError for a method whose eta is still to be chosen, see `validation.settle_eta`.
+    """
+    if method.eta_folds:
+        raise ValueError(
+            f"eta_folds must be 0 for a head, got {method.eta_folds}; choose eta with validation.settle_eta"
+        )
+    linear = None
+    if method.linear_init == "random":
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(prototypes.shape, generator=generator) * 2.0 - 1.0
+        linear = F.normalize(uniform, dim=-1).to(prototypes.device)
+    return DualHead(
+        prototypes,
+        linear,
+        eta=method.eta,
+        linear_scale=method.linear_scale,
+        proto_scale=method.proto_scale,
+        normalize_linear=method.normalize_linear,
+        loss_on=method.loss_on,
+    )
+
+
+def parameter_groups(head: DualHead, method: Method, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of `build_optimizer`."""
+    groups = [{"params": [head.linear], "weight_decay": weight_decay}]
+    if method.orthogonality_weight:
+        groups.append({"params": [head.state.textual], "weight_decay": 0.0})
+    return groups
+
+
+def measure_scales(head: DualHead, weak: Tensor, method: Method) -> None:
+    """Take the first ratio of scales from the first batch, before anything is fused with it."""
+    if len(weak):
+        scales = head.pseudo_label(weak, method.threshold, scale_rows=method.scale_rows).branch_scale
+        head.state.measure(scales, method.scale_decay)
+
+
+def weak_adjustment(state: PrototypeState, method: Method) -> Tensor | None:
+    """Logit adjustment [C] of the weak rows, None for none."""
+    return method.prior_shift * state.log_distribution() if method.prior_shift else None
+
+
+def strong_adjustment(state: PrototypeState, method: Method, log_prior: Tensor) -> Tensor | None:
+    """Logit adjustment [C] of the strong rows, None for none."""
+    if method.adjust_unlabelled == "labelled":
+        return method.adjust_labelled * log_prior
+    if method.adjust_unlabelled == "kept":
+        return _log_kept(state)
+    if method.adjust_unlabelled == "both":
+        return 0.5 * (_log_kept(state) + method.adjust_labelled * log_prior)
+    return None
+
+
+def _log_kept(state: PrototypeState) -> Tensor:
+    """[C] logarithm of the prior of the kept pseudo-labels; uniform, which adjusts nothing, before the first."""
+    kept = state.kept_distribution.clamp_min(SMALLEST_KEPT_SHARE)
+    return (kept / kept.sum()).log()
+
+
+def only(head: DualHead, eta: float | None) -> DualHead:
+    """`head` read with another weight of the linear branch, sharing all tensors; None is its own weight."""
+    reading = copy.copy(head)
+    reading.eta = head.eta if eta is None else eta
+    return reading
