@@ -82,6 +82,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in set(left_out)]
 
 
+def _hold_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    # MKL stands in for cuBLAS here, and unlike it may round differently with another number of threads.
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+
+
 @pytest.fixture(autouse=True)
 def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not _is_interpreted(request.node):
@@ -91,6 +96,7 @@ def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if hasattr(request.function, "hypothesis"):
         few = settings(settings.default, max_examples=EXAMPLES, phases=(Phase.explicit, Phase.generate))
         monkeypatch.setattr(request.function, "_hypothesis_internal_use_settings", few)
+    _hold_threads(monkeypatch)
     # A product of numpy is one of the processor's BLAS, which may round as it likes; this one has an order.
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: np.einsum("ik,kj->ij", a, b, dtype=dtype))
     # The interpreter computes in numpy, which warns of what a GPU does in silence.
@@ -108,8 +114,7 @@ def emulated_kernels(request: pytest.FixtureRequest) -> ModuleType:
 def _emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "cuda" in _kernels_of(request.node):
         monkeypatch.setattr(_cuda, "kernels", request.getfixturevalue("emulated_kernels"))
-        # MKL stands in for cuBLAS here, and unlike it rounds differently with another number of threads.
-        monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+        _hold_threads(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
