@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ulfine_fast.config import FineTuning
 from ulfine_fast.distributed import World
-from ulfine_fast.finetune import Engine, Student
+from ulfine_fast.engine import Engine, Student
 from ulfine_fast.learners import LEARNERS, build_learner
 from ulfine_fast.towers import Tower, load_tower
 from ulfine_fast.tuning import tune
@@ -148,7 +148,7 @@ def contest(shape: tuple[int, int], kept: float, rounds: int) -> dict[str, objec
         for name in times:
             started = time.perf_counter()
             if name == "ours":
-                found.append(int(engine.step(step).keep.sum()))
+                found.append(int((engine.step(step).weight > 0).sum()))
             else:
                 joint_step(plain, views, optimizer)
             times[name].append(time.perf_counter() - started)

@@ -18,22 +18,21 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from photos import photos
-from synthetic import small_data
+from synthetic import cached_run, small_data
 from tiny_clip import tiny_clip
 
 from ulfine_fast import experiment, report
+from ulfine_fast.batches import Batch, FeatureViews
 from ulfine_fast.checkpoint import CHECKPOINT, digest_of, load_checkpoint
 from ulfine_fast.cli import app
-from ulfine_fast.config import METHODS, Schedule
-from ulfine_fast.learners.dual import build_head
-from ulfine_fast.trainer import Batches, train
+from ulfine_fast.config import METHODS, FineTuning
 
 TRAIN = ("train", "--steps", "150", "--log-every", "50", "--checkpoint-every", "10")
 FINETUNE = (
@@ -135,17 +134,15 @@ def census() -> tuple[int, int, int]:
 def memory(steps: int) -> bool:
     """Train for so many steps; whether memory, descriptors and threads are those after the first thousand."""
     found: dict[int, tuple[int, int, int]] = {}
-    batches: Callable = Batches.__call__
 
-    def watched(self: Batches, step: int) -> object:
-        if step in (FIRST_STEPS, steps - 1):
-            found[step] = census()
-        return batches(self, step)
+    class Watched(FeatureViews):
+        def batch(self, step: int, *slots: object) -> Batch:
+            if step in (FIRST_STEPS, steps - 1):
+                found[step] = census()
+            return super().batch(step, *slots)
 
-    Batches.__call__ = watched
-    data, method = small_data(), METHODS["ulfine"]
-    schedule = Schedule(steps=steps, labelled_batch=4, unlabelled_batch=8, log_every=steps)
-    train(build_head(data.prototypes, method), data, method, schedule, progress=False)
+    schedule = FineTuning(steps=steps, labelled_batch=4, unlabelled_batch=8, log_every=steps)
+    cached_run(METHODS["ulfine"], schedule, small_data(), views=Watched.of(small_data(), schedule))
     first, last = found[FIRST_STEPS], found[steps - 1]
     grown, descriptors, threads = (b - a for a, b in zip(first, last, strict=True))
     print(

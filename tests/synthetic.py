@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ulfine_fast.batches import FeatureViews
+from ulfine_fast.config import FineTuning, Method
+from ulfine_fast.engine import Student
 from ulfine_fast.features import FeatureData
+from ulfine_fast.history import TrainResult
+from ulfine_fast.learners import Config, DualConfig, Learner, build_learner
+from ulfine_fast.loop import train
 from ulfine_fast.splits import make_split
 
 
@@ -57,3 +66,42 @@ def small_data(
         unlabelled_is_labelled=torch.from_numpy(split.unlabelled_is_labelled),
         split=split,
     )
+
+
+def cached_run(
+    method: Method | Config,
+    schedule: FineTuning,
+    data: FeatureData,
+    *,
+    views: FeatureViews | None = None,
+    device: str = "cpu",
+    **options,
+) -> tuple[Learner, TrainResult]:
+    """A run of `loop.train` on the features of `data`; `options` are those of it."""
+    config = DualConfig(**vars(method)) if isinstance(method, Method) else method
+    learner = build_learner(config, data.prototypes.to(device), data.labelled_counts, seed=schedule.seed)
+    views = views or FeatureViews.of(data, schedule, device)
+    counts = data.labelled_counts.numpy()
+    return learner, train(Student(nn.Identity(), learner), views, counts, schedule, progress=False, **options)
+
+
+class VectorViews:
+    """Features as if they were images, for a small tower: the requests of `engine.Views`."""
+
+    def __init__(self, data: FeatureData, schedule: FineTuning, device: str = "cpu") -> None:
+        self.features = FeatureViews.of(data, schedule, device)
+        self.unlabelled_truth = self.features.unlabelled_truth
+        self.unlabelled_is_labelled = self.features.unlabelled_is_labelled
+
+    def labelled(self, step: int, slots: range) -> Callable[[], tuple[Tensor, Tensor]]:
+        row, copy = self.features.from_labelled(step)[:, slots.start : slots.stop]
+        return lambda: (self.features.stored[0][copy, row], self.features.labels[row])
+
+    def weak(self, step: int, slots: range) -> Callable[[], tuple[Tensor, Tensor]]:
+        place, copy, _ = self.features.from_unlabelled(step)[:, slots.start : slots.stop]
+        return lambda: (self.features.stored[1][copy, place], place)
+
+    def strong(self, step: int, slots: list[int], views: int) -> Callable[[], Tensor]:
+        place, _, copy = self.features.from_unlabelled(step)[:, slots]
+        strong = self.features.stored[2]
+        return lambda: torch.stack([strong[(copy + view) % len(strong), place] for view in range(views)])

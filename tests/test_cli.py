@@ -202,19 +202,19 @@ def test_train_runs_on_the_named_back_end_and_says_so(monkeypatch, name):
 
 
 def test_resume_continues_an_interrupted_run(tmp_path, monkeypatch):
-    from ulfine_fast.trainer import Batches
+    from ulfine_fast.batches import FeatureViews
 
     call("train", *QUICK, "--out", "runs/whole")
-    batches = Batches.__call__
+    batch = FeatureViews.batch
 
-    def interrupt(self, step):
+    def interrupt(self, step, *slots):
         if step == 25:
             raise KeyboardInterrupt
-        return batches(self, step)
+        return batch(self, step, *slots)
 
     words = ["train", *QUICK, "--out", "runs/cut", "--checkpoint-every", "10"]
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "__call__", interrupt)
+        patch.setattr(FeatureViews, "batch", interrupt)
         patch.setattr(sys, "argv", ["ulfine-fast", *words])
         result = call(*words, code=130)
     command = "ulfine-fast train --steps 30 --log-every 10 --out runs/cut --checkpoint-every 10 --resume"
@@ -222,6 +222,8 @@ def test_resume_continues_an_interrupted_run(tmp_path, monkeypatch):
     call(*words, "--resume")
     whole, cut = (strict(tmp_path / f"runs/{name}/metrics.json") for name in ("whole", "cut"))
     assert whole["metrics"] == cut["metrics"]
+    for record in (*whole["history"], *cut["history"]):
+        assert record.pop("images_per_second") > 0
     assert whole["history"] == cut["history"]
 
 
@@ -452,9 +454,9 @@ def test_a_chosen_eta_is_said_and_evaluated(tmp_path):
 
 
 def test_capture_needs_a_device_and_says_so_before_the_first_step(monkeypatch):
-    monkeypatch.setattr("ulfine_fast.trainer.Batches.__call__", lambda *a: pytest.fail("too late"))
+    monkeypatch.setattr("ulfine_fast.batches.FeatureViews.batch", lambda *a: pytest.fail("too late"))
     result = call("train", *QUICK, "--capture", "--device", "cpu", "--out", "runs/captured", code=1)
-    assert "head must be on a CUDA device, got cpu" in result.output
+    assert "capture needs a CUDA device, got cpu" in result.output
 
 
 TINY = (

@@ -12,21 +12,20 @@ import torch
 from synthetic import small_data
 from torch.nn import functional as F
 
-from ulfine_fast.config import METHODS, Schedule
+from ulfine_fast.config import METHODS
 from ulfine_fast.features import FeatureData
 from ulfine_fast.learners import LEARNERS, Learner, Pseudo, build_learner
 from ulfine_fast.learners.acr import AcrConfig, reversed_ranks
 from ulfine_fast.learners.ccl import CclConfig
 from ulfine_fast.learners.daso import DasoConfig
-from ulfine_fast.learners.dual import DUAL, DualConfig, build_head
+from ulfine_fast.learners.dual import DUAL, DualConfig
 from ulfine_fast.learners.finessl import FineSslConfig
 from ulfine_fast.learners.freematch import FreeMatchConfig
 from ulfine_fast.learners.learner import confident, consistency
 from ulfine_fast.learners.loft import LoftConfig
 from ulfine_fast.learners.running import RunningSum, class_sums
-from ulfine_fast.losses import LOSSES, labelled_log_prior, one_hot
+from ulfine_fast.losses import LOSSES, one_hot
 from ulfine_fast.optimizer import MOMENTUM
-from ulfine_fast.trainer import Batches, LabelledClasses, build_optimizer, train_step
 
 FINITE = torch.tensor(True)
 # eta is settled before a head is built
@@ -441,41 +440,6 @@ def test_consistency_by_hand():
 
 
 # The library's own family
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "zero_shot"])
-def test_a_step_is_that_of_the_trainer(name):
-    data = small_data(protocol="acr")
-    method = replace(METHODS[name], eta_folds=0)
-    schedule = Schedule(steps=5, labelled_batch=16, unlabelled_batch=48, learning_rate=0.05)
-    head = build_head(data.prototypes, method, 0)
-    optimizer = build_optimizer(head, method, schedule)
-    classes = LabelledClasses(data.labelled_counts, labelled_log_prior(data.labelled_counts))
-    learner, _ = built(DualConfig(**vars(method)), data)
-    other = torch.optim.SGD(
-        learner.groups(schedule.weight_decay), lr=schedule.learning_rate, momentum=MOMENTUM
-    )
-    batches = Batches(data, method, schedule, torch.device("cpu"))
-    for step in range(5):
-        batch = batches(step)
-        report = train_step(head, optimizer, batch, method, classes, first=step == 0)
-        if step == 0:
-            learner.start(batch.weak)
-        pseudo = learner.pseudo(batch.weak, step / 5)
-        loss = learner.loss(
-            batch.labelled, batch.targets, *kept(pseudo, batch.strong[None]), pseudo, step / 5
-        )
-        other.zero_grad()
-        loss.backward()
-        other.step()
-        learner.advance(batch.labelled, batch.targets, batch.weak, pseudo, FINITE, batch.copies)
-        torch.testing.assert_close(loss.detach(), report.loss)
-    wanted = head.state_dict()
-    found = learner.head.state_dict()
-    assert found.keys() == wanted.keys()
-    for key, tensor in wanted.items():
-        torch.testing.assert_close(found[key], tensor)
-    assert torch.equal(learner.head.state.seen, head.state.seen)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -1,12 +1,13 @@
-"""What is in the batch of each step: views of images, or copies of cached features.
+"""What is in the batch of each step: views of images, or cached features.
 
-Both answer the requests of `finetune.Views`. Rows and views of a slot are drawn from seed, step and slot alone.
+Rows and views of a slot, a place in the batch of all processes, are drawn from seed, step and slot alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from ulfine_fast.features import FeatureData
     from ulfine_fast.image_data import ImageData
     from ulfine_fast.loader import Pending, ViewLoader
+
+
+# Images that the pseudo-labels of branches are measured on: a record must stay cheap on a large set.
+REPORT_ROWS = 2048
 
 
 class Stream:
@@ -52,41 +57,97 @@ class Stream:
         return torch.from_numpy(np.stack([order, *copies])).to(self.device)
 
 
-class FeatureViews:
-    """Cached features in the place of images, for a tower that is `torch.nn.Identity`: only the head learns.
+class Batch(NamedTuple):
+    """Features of one step."""
 
-    data: see `load_features`; everything stays on `device`. The batches of one strong view are those of
-    `trainer.Batches` with the same seed; strong view v of an image is copy (c + v) modulo their number.
+    labelled: Tensor  # [B_l, D]
+    targets: Tensor  # [B_l] int64
+    weak: Tensor  # [B_u, D], B_u is 0 for a method without unlabelled data
+    strong: Tensor  # [V B_u, D], other views of the same images, view by view
+    places: Tensor  # [B_u] int64 among the unlabelled images
+
+
+class FeatureViews:
+    """Cached features in the place of images, all on `device`: the encoder is frozen and only the head learns.
+
+    Args:
+        labelled: [K, n_l, D], K copies of views of the labelled images; a step draws one of each row.
+        labels: [n_l] int64.
+        weak, strong: [K, n_u, D] and [K', n_u, D], views of the same images; None without unlabelled images. Strong
+            view v of an image is copy (c + v) modulo K'.
+        truth: [n_u] int64, -1 unknown; for reports. copies: [n_u] bool, copies of labelled images. None: all unknown,
+            and none.
+
+    ValueError without labelled images.
     """
 
-    def __init__(self, data: FeatureData, schedule: FineTuning, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        labelled: Tensor,
+        labels: Tensor,
+        schedule: FineTuning,
+        device: torch.device | str = "cpu",
+        *,
+        weak: Tensor | None = None,
+        strong: Tensor | None = None,
+        truth: Tensor | None = None,
+        copies: Tensor | None = None,
+    ) -> None:
         device = torch.device(device)
-        self.stored = {"labelled": data.labelled, "weak": data.weak, "strong": data.strong}
-        self.stored = {name: features.to(device) for name, features in self.stored.items()}
-        self.labels = data.labels.to(device)
-        self.unlabelled_truth = torch.as_tensor(data.unlabelled_truth).to(device)
-        self.unlabelled_is_labelled = torch.as_tensor(data.unlabelled_is_labelled).to(device)
-        copies, rows = data.labelled.shape[:2]
-        self.from_labelled = Stream(rows, schedule.labelled_batch, (copies,), schedule.seed, 0, device)
-        views = data.weak.shape[0], data.strong.shape[0]
-        rows = data.weak.shape[1]
-        self.from_unlabelled = Stream(rows, schedule.unlabelled_batch, views, schedule.seed, 1, device)
+        views, rows = labelled.shape[:2]
+        if rows == 0:
+            raise ValueError("training needs labelled images, got none")
+        if weak is None or strong is None:
+            weak = strong = labelled[:1, :0]
+        self.stored = labelled.to(device), weak.to(device), strong.to(device)
+        self.labels = labels.to(device)
+        count, self.seed = weak.shape[1], schedule.seed
+        unknown = torch.full((count,), -1) if truth is None else truth
+        self.unlabelled_truth = unknown.to(device)
+        none = torch.zeros(count, dtype=torch.bool) if copies is None else copies
+        self.unlabelled_is_labelled = none.to(device)
+        self.from_labelled = Stream(rows, schedule.labelled_batch, (views,), self.seed, 0, device)
+        kinds = len(weak), len(strong)
+        self.from_unlabelled = Stream(count, schedule.unlabelled_batch, kinds, self.seed, 1, device)
 
-    def labelled(self, step: int, slots: range) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Features [n, D] and labels [n] of `slots`."""
-        row, copy = self.from_labelled(step)[:, slots.start : slots.stop]
-        return lambda: (self.stored["labelled"][copy, row], self.labels[row])
+    @cached_property
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """[m, D] weak views of at most 2,048 images that are no copies of labelled ones, and their truth [m]."""
+        rows = np.flatnonzero(~self.unlabelled_is_labelled.cpu().numpy())
+        rows = np.random.default_rng((self.seed, 2)).permutation(rows)[:REPORT_ROWS]
+        rows = torch.from_numpy(rows).to(self.labels.device)
+        return self.stored[1][0, rows], self.unlabelled_truth[rows]
 
-    def weak(self, step: int, slots: range) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Features [n, D] of weak views and the places of their images among the unlabelled ones."""
-        row, copy, _ = self.from_unlabelled(step)[:, slots.start : slots.stop]
-        return lambda: (self.stored["weak"][copy, row], row)
+    @classmethod
+    def of(cls, data: FeatureData, schedule: FineTuning, device: torch.device | str = "cpu") -> Self:
+        """The views of `data`."""
+        return cls(
+            data.labelled,
+            data.labels,
+            schedule,
+            device,
+            weak=data.weak,
+            strong=data.strong,
+            truth=torch.as_tensor(data.unlabelled_truth),
+            copies=torch.as_tensor(data.unlabelled_is_labelled),
+        )
 
-    def strong(self, step: int, slots: list[int], views: int) -> Callable[[], Tensor]:
-        """Features [views, n, D] of strong views."""
-        row, _, copy = self.from_unlabelled(step)[:, slots]
-        strong = self.stored["strong"]
-        return lambda: torch.stack([strong[(copy + view) % len(strong), row] for view in range(views)])
+    def batch(self, step: int, labelled: range, unlabelled: range, views: int) -> Batch:
+        """What is in these slots of the batch of `step`, with so many strong views of each unlabelled image."""
+        stored_labelled, stored_weak, stored_strong = self.stored
+        row, copy = self.from_labelled(step)[:, labelled.start : labelled.stop]
+        features = stored_labelled[copy, row]
+        batch = Batch(features, self.labels[row], features[:0], features[:0], row[:0])
+        if not len(unlabelled):
+            return batch
+        place, weak, copy = self.from_unlabelled(step)[:, unlabelled.start : unlabelled.stop]
+        strong = [stored_strong[copy, place]]
+        strong += [stored_strong[(copy + view) % len(stored_strong), place] for view in range(1, views)]
+        return batch._replace(
+            weak=stored_weak[weak, place],
+            strong=strong[0] if views == 1 else torch.cat(strong),
+            places=place,
+        )
 
 
 class ImageViews:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,34 +18,34 @@ WARM_UP = 3
 class CapturedStep:
     """A step, recorded once and replayed with every batch; its bits are those of the step itself.
 
-    The head and the optimizer are not changed by the recording, and must not be moved or replaced after it; nor
-    may anything else that the step reads.
+    What the step writes to is not changed by the recording, and must not be moved or replaced after it; nor may
+    anything else that the step reads.
 
     Args:
-        step: a function of the batch alone that never waits for the device, as
-            `lambda batch: train_step(head, optimizer, batch, method, classes)`.
-        head, optimizer: all that the step writes to. Fused optimizer; each learning rate a tensor on the device of the
-            head, as `build_optimizer` makes it there, to be filled between two steps.
-        batch: named tuple of tensors or None, of the shapes to come.
+        step: a function of the batch alone that never waits for the device.
+        state: gives, by name, all tensors that the step writes to, those of the optimizer too.
+        optimizer: a fused one; each learning rate a tensor on the device, as `fused_optimizer` makes it there, to be
+            filled between two steps.
+        batch: named tuple of tensors or None, of the shapes to come, on a CUDA device.
 
     Raises:
-        ValueError: the head, or a learning rate, is not on a CUDA device.
+        ValueError: a learning rate is not on the device of the batch.
     """
 
     def __init__(
         self,
         step: Callable[[Any], Any],
-        head: nn.Module,
+        state: Callable[[], Mapping[str, Tensor]],
         optimizer: torch.optim.Optimizer,
         batch: tuple[Tensor | None, ...],
     ) -> None:
-        device = device_of(head)
+        device = batch[0].device
         for group in optimizer.param_groups:
             rate = group["lr"]
             if not isinstance(rate, Tensor) or rate.device != device:
                 raise ValueError(f"CapturedStep: learning rate must be a tensor on {device}, got {rate!r}")
         self.batch = batch._make(None if tensor is None else tensor.clone() for tensor in batch)
-        with _restored(head, optimizer):
+        with _restored(state):
             _warm_up(lambda: step(self.batch), device)
             with _capturable(optimizer):
                 self.replay, self.result = _record(lambda: step(self.batch), device)
@@ -65,11 +65,11 @@ class CapturedStep:
         return self.result
 
 
-def device_of(head: nn.Module) -> torch.device:
-    """The device of `head`; ValueError if it has no graphs."""
-    device = next(head.parameters()).device
+def device_of(learner: nn.Module) -> torch.device:
+    """The device of `learner`; ValueError if it has no graphs."""
+    device = next(learner.parameters()).device
     if device.type != DEVICE:
-        raise ValueError(f"CapturedStep: head must be on a CUDA device, got {device}")
+        raise ValueError(f"capture needs a CUDA device, got {device}")
     return device
 
 
@@ -79,27 +79,22 @@ def _kind(tensor: Tensor | None) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
-def _tensors(head: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    slots = (tensor for slots in optimizer.state.values() for tensor in slots.values())
-    return [*head.parameters(), *head.buffers(), *slots]
-
-
 @contextmanager
-def _restored(head: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Whatever the block does to the tensors of both, in place, is undone bit by bit."""
-    before = {tensor: tensor.detach().clone() for tensor in _tensors(head, optimizer)}
+def _restored(state: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
+    """Whatever the block does to the tensors of `state`, in place, is undone bit by bit."""
+    before = {name: tensor.detach().clone() for name, tensor in state().items()}
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor in _tensors(head, optimizer):
+            for name, tensor in state().items():
                 # An optimizer without state starts from zeros.
-                tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+                tensor.copy_(before[name]) if name in before else tensor.zero_()
 
 
 @contextmanager
 def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """AdamW wants to be told, in a recording alone: it warns of it in a step that runs as it stands."""
+    """`capturable` is set only while recording: AdamW warns of it in a step that runs as it stands."""
     asking = [group for group in optimizer.param_groups if "capturable" in group]
     before = [group["capturable"] for group in asking]
     for group in asking:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-FORMAT = 2
+FORMAT = 3
 CHECKPOINT = "checkpoint.safetensors"  # its name in the folder of a run
 
 
@@ -140,7 +140,9 @@ def load_checkpoint(
     except (SafetensorError, UnicodeDecodeError) as cause:
         raise CheckpointError(f"{path}: damaged checkpoint: {cause}") from cause
     if metadata["format"] != str(FORMAT):
-        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {metadata['format']}")
+        raise CheckpointError(
+            f"{path}: expected checkpoint format {FORMAT}, got {metadata['format']}, of another version"
+        )
     record = json.loads(metadata["record"])
     difference = first_difference({name: record.get(name) for name in identity or ()}, identity or {})
     if difference:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ulfine_fast import finetune_command
-from ulfine_fast.config import METHODS, Data, Method, Schedule
+from ulfine_fast.config import METHODS, Data, FineTuning, Method, Schedule
 from ulfine_fast.terminal import (
     PANEL_DATA,
     PANEL_TRAINING,
@@ -277,7 +277,7 @@ def train(
         "data": asdict(data),
         "name": method,
         "method": asdict(chosen),
-        "schedule": asdict(schedule),
+        "schedule": asdict(FineTuning(**asdict(schedule))),
     }
     set_threads(threads)
     set_deterministic(deterministic)
@@ -311,7 +311,9 @@ def train(
         )
     experiment.write_run(run_dir, configuration, features, outcome)
     if chosen.eta_folds:
-        console.print(f"eta {outcome.head.eta:g}, chosen on {chosen.eta_folds} folds of the labelled images")
+        console.print(
+            f"eta {outcome.learner.config.eta:g}, chosen on {chosen.eta_folds} folds of the labelled images"
+        )
     print_metrics(console, outcome.metrics, f"{method}, {outcome.seconds:.1f} s of training")
     console.print(f"Wrote metrics.json, predictions.csv, pictures and the checkpoint to {run_dir}")
 

@@ -106,7 +106,7 @@ def summarise(runs: Sequence[Outcome]) -> dict[str, Any]:
             {
                 "metrics": outcome.metrics,
                 "seconds": outcome.seconds,
-                "eta": outcome.head.eta,
+                "eta": outcome.learner.config.eta,
                 "skipped": outcome.training.skipped,
                 "last": outcome.training.history[-1] if outcome.training.history else None,
             }

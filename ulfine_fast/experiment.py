@@ -12,17 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from ulfine_fast import report
-from ulfine_fast.config import Data, Method, Schedule
+from ulfine_fast import evaluation, report
+from ulfine_fast.batches import FeatureViews
+from ulfine_fast.checkpoint import digest
+from ulfine_fast.config import Data, FineTuning, Method, Schedule
+from ulfine_fast.engine import Student, load_tuned_tensors
 from ulfine_fast.evaluation import Predictions
 from ulfine_fast.features import FeatureData, load_features
-from ulfine_fast.head import DualHead
 from ulfine_fast.history import TrainResult
-from ulfine_fast.learners.dual import build_head
+from ulfine_fast.learners import DualConfig, Learner, build_learner
+from ulfine_fast.loop import train
 from ulfine_fast.run_folder import CONFIG, load_run
 from ulfine_fast.splits import ClassRow, split_table
-from ulfine_fast.trainer import evaluate, load_head, predict, train
 from ulfine_fast.validation import settle_eta
 
 UNITS = {"accuracy": "fraction of images, 0 to 1", "loss": "nats", "seconds": "s", "std": "sample, n - 1"}
@@ -30,13 +33,13 @@ UNITS = {"accuracy": "fraction of images, 0 to 1", "loss": "nats", "seconds": "s
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trained head and what it does on the test set."""
+    """A trained learner and what it does on the test set."""
 
-    head: DualHead
+    learner: Learner
     training: TrainResult
     seconds: float  # wall time of choosing eta, where the method asks for it, and of the steps
     metrics: dict[str, dict[str, Any]]  # by branch, see `classification_metrics`
-    predictions: Predictions  # of the fused head
+    predictions: Predictions  # of the first branch, which is the prediction
 
 
 def load_data(choice: Data, *, progress: bool = True) -> FeatureData:
@@ -57,24 +60,49 @@ def run(
     capture: bool = False,
     progress: bool = True,
 ) -> Outcome:
-    """Train `method` on `data` and evaluate it on the test set; the options are those of `train`."""
+    """Train `method` on `data` and evaluate it on the test set; the options are those of `loop.train`."""
     started = time.perf_counter()
-    method = settle_eta(data, method, schedule, device)
+    tuning = FineTuning(**asdict(schedule))
+    prototypes = data.prototypes.to(device)
+    settled = settle_eta(data.labelled, data.labels, prototypes, method, tuning)
     choosing = time.perf_counter() - started
-    head = build_head(data.prototypes, method, schedule.seed).to(device)
+    student = _student(data, settled, tuning.seed, device)
     training = train(
-        head,
-        data,
-        method,
-        schedule,
+        student,
+        FeatureViews.of(data, tuning, device),
+        data.labelled_counts.numpy(),
+        tuning,
+        identity={**_identity(data, method), "eta": settled.eta},
         run_dir=run_dir,
         resume=resume,
         checkpoint_every=checkpoint_every,
         capture=capture,
         progress=progress,
     )
-    metrics = evaluate(head, data.test, data.test_labels, data.labelled_counts)
-    return Outcome(head, training, choosing + training.seconds, metrics, predict(head, data.test))
+    metrics, predictions = evaluate(student.learner, data)
+    return Outcome(student.learner, training, choosing + training.seconds, metrics, predictions)
+
+
+def _student(data: FeatureData, method: Method, seed: int, device: str) -> Student:
+    """A learner on the prototypes of `data`, behind no encoder."""
+    config, counts = DualConfig(**vars(method)), data.labelled_counts
+    return Student(nn.Identity(), build_learner(config, data.prototypes.to(device), counts, seed=seed))
+
+
+def _identity(data: FeatureData, method: Method) -> dict[str, Any]:
+    """What a checkpoint must share with the run that continues it."""
+    used = ("labelled", "labels", "weak", "strong", "prototypes", "unlabelled_is_labelled", "labelled_counts")
+    return {
+        "method": asdict(method),
+        "data": {name: digest(torch.as_tensor(getattr(data, name))) for name in used},
+    }
+
+
+def evaluate(learner: Learner, data: FeatureData) -> tuple[dict[str, dict[str, Any]], Predictions]:
+    """Metrics of every branch on the test set, and what the first one predicts."""
+    predictions = evaluation.predict(learner, data.test[:, None])
+    metrics = evaluation.metrics(predictions, data.test_labels, data.labelled_counts)
+    return metrics, next(iter(predictions.values()))
 
 
 def evaluate_run(
@@ -91,10 +119,9 @@ def evaluate_run(
         raise ValueError(f"{run_dir / CONFIG}: {error}") from error
     tensors, record = load_run(run_dir, configuration)
     data = load_data(choice)
-    head = build_head(data.prototypes, replace(method, eta=record["method"]["eta"], eta_folds=0))
-    load_head(head, tensors)
-    metrics = evaluate(head.to(device), data.test, data.test_labels, data.labelled_counts)
-    return record["steps"], metrics
+    student = _student(data, replace(method, eta=record["eta"], eta_folds=0), 0, device)
+    load_tuned_tensors(student, tensors, averaged=True)
+    return record["steps"], evaluate(student.learner, data)[0]
 
 
 def split_rows(data: FeatureData) -> list[ClassRow]:
@@ -129,7 +156,7 @@ def write_run(run_dir: Path, configuration: Mapping[str, Any], data: FeatureData
             "classes": [row._asdict() for row in sorted(rows)],
             "steps": training.steps,
             "seconds": outcome.seconds,
-            "eta": outcome.head.eta,
+            "eta": outcome.learner.config.eta,
             "skipped": training.skipped,
             "metrics": outcome.metrics,
             "history": training.history,

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ulfine_fast.checkpoint import CheckpointError
 from ulfine_fast.config import FineTuning, Schedule
+from ulfine_fast.distributed import gather_rows
+from ulfine_fast.losses import labelled_log_prior
+from ulfine_fast.metrics import pseudo_label_metrics
 from ulfine_fast.optimizer import learning_rate
+from ulfine_fast.splits import groups_by_rank
+
+if TYPE_CHECKING:
+    from ulfine_fast.engine import Engine, StepReport
 
 LOGGER = logging.getLogger(__name__)
 MOST_SKIPS = 20
@@ -26,6 +35,10 @@ SKIPS_AT_THE_END = 3
 GUESSING_RECORDS = 4
 # Seconds between two lines about a run, and steps that the first estimate of its time rests on.
 LINE_SECONDS, FIRST_STEPS = 30.0, 3
+# Steps whose rows a record is made of, the last ones: a run that hardly logs must not keep them all.
+MOST_REPORTS = 1000
+# One class with more than this share of the pseudo-labels is worth a warning.
+COLLAPSED_SHARE = 0.9
 
 
 @dataclass
@@ -133,6 +146,23 @@ def warn_of_guessing(history: list[dict[str, Any]], log_prior: Tensor) -> None:
         )
 
 
+def warn_of_collapse(record: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Log a warning when one class begins to take nearly all pseudo-labels."""
+
+    def collapsed(record: dict[str, Any]) -> bool:
+        shares = record.get("distribution") or ()
+        return len(shares) > 1 and max(shares) > COLLAPSED_SHARE * sum(shares)
+
+    if collapsed(record) and not (history and collapsed(history[-1])):
+        shares = record["distribution"]
+        LOGGER.warning(
+            "step %d: class %d has %.0f %% of the pseudo-labels; the other prototypes hardly move",
+            record["step"],
+            shares.index(max(shares)),
+            100 * max(shares) / sum(shares),
+        )
+
+
 def run_record(schedule: Schedule | FineTuning, result: TrainResult) -> dict[str, Any]:
     """What a checkpoint says of a run beside its identity."""
     return {
@@ -166,3 +196,102 @@ def resumed(
         )
     LOGGER.info("going on after step %d of %d", done, steps)
     return TrainResult(record["history"], record["seconds"], done, int(skips[2]))
+
+
+class Window:
+    """What the steps since the last record said, at most the last 1,000.
+
+    skips: see `count_skips`. labelled_counts: [C] labelled images of each class.
+    """
+
+    def __init__(self, engine: Engine, skips: Tensor, labelled_counts: Tensor) -> None:
+        self.engine, self.skips = engine, skips
+        views = engine.views
+        self.log_prior = labelled_log_prior(labelled_counts)
+        few = groups_by_rank(labelled_counts.cpu().numpy()) == "few"
+        self.few = torch.from_numpy(few).to(engine.device)
+        own = views.unlabelled_truth[~views.unlabelled_is_labelled]
+        known = len(own) and bool((own >= 0).all())
+        self.share = torch.bincount(own, minlength=len(few)) / len(own) if known else None
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.reports: deque[StepReport] = deque(maxlen=MOST_REPORTS)
+        self.steps = 0
+        self.started = time.perf_counter()
+
+    def add(self, report: StepReport) -> None:
+        """Take in a step; nothing waits for the device."""
+        self.reports.append(report)
+        self.steps += 1
+        self.loss = report.loss
+        self.skips = count_skips(self.skips, report.finite)
+
+    def skipped(self, done: int, steps: int) -> int:
+        """All of the `done` steps that changed nothing. RuntimeError after too many in a row."""
+        remedy = "lower the learning rate, or take precision bf16 for fp16"
+        if self.engine.at_hand:
+            remedy = "check the features for NaN, or lower the learning rate"
+        check_skips(self.skips, self.loss, done, steps, remedy)
+        return int(self.skips[2])
+
+    def record(self, step: int, history: list[dict[str, Any]]) -> dict[str, Any]:
+        """Add a record of the steps up to `step` to `history`, warn of what is wrong, return what there is to show."""
+        engine, schedule = self.engine, self.engine.schedule
+        seconds = time.perf_counter() - self.started
+        batch = schedule.labelled_batch + schedule.unlabelled_batch * engine.semi
+        loss = float(gather_rows([self.reports[-1].loss[None, None]], engine.world)[0].mean())
+        record = {
+            "step": step + 1,
+            "learning_rate": learning_rate(schedule, step),
+            "loss": loss if math.isfinite(loss) else None,
+            "loss_labelled": engine.labelled_loss(step),
+            "images_per_second": batch * self.steps / seconds,
+            "skipped": int(self.skips[2]),
+        }
+        if not engine.at_hand:
+            rows = zip(*(report.rows for report in self.reports), strict=True)
+            record["rows_encoded"], record["rows_trained"] = (sum(each) / len(self.reports) for each in rows)
+        if engine.semi:
+            record |= self._unlabelled()
+            warn_of_collapse(record, history)
+        if history:
+            # of C numbers: hundreds of them would be more than a checkpoint can hold beside its tensors
+            history[-1].pop("distribution", None)
+        history.append(record)
+        warn_of_guessing(history, self.log_prior)
+        self.clear()
+        shown = {"loss": record["loss"]}
+        acceptance = record.get("pseudo_labels", {}).get("fused", {}).get("acceptance")
+        return shown if acceptance is None else shown | {"kept": f"{acceptance:.0%}"}
+
+    def _unlabelled(self) -> dict[str, Any]:
+        """Pseudo-labels and the estimated distribution; copies of labelled images do not count."""
+        engine, views = self.engine, self.engine.views
+        label, weight, places = (
+            torch.cat([getattr(report, name) for report in self.reports])
+            for name in ("label", "weight", "places")
+        )
+        own = ~views.unlabelled_is_labelled[places]
+        keep = weight[own] > 0
+        found = {"fused": (label[own], keep)}
+        truth = views.unlabelled_truth[places[own]]
+        if engine.at_hand:
+            weak, truth_of_sample = views.sample
+            branches = engine.learner.pseudo_of_branches(weak)
+            if branches:
+                found, truth = branches, truth_of_sample
+        record: dict[str, Any] = {"pseudo_labels": {}}
+        for name, (label, keep) in found.items():
+            quality = pseudo_label_metrics(label, keep, truth, self.few)
+            if len(keep):
+                # also where no truth is known
+                quality["acceptance"] = float(keep.float().mean())
+            record["pseudo_labels"][name] = quality
+        estimate = engine.learner.distribution()
+        if estimate is not None:
+            record["distribution"] = estimate.tolist()
+            if self.share is not None:
+                record["distribution_l1"] = float((estimate - self.share).abs().sum())
+        return record

@@ -19,13 +19,12 @@ from ulfine_fast import evaluation, report
 from ulfine_fast.augment import Pipeline, build_pipeline, five_crops, sufficient_test_side, test_views
 from ulfine_fast.batches import ImageViews
 from ulfine_fast.checkpoint import CheckpointError, digest_of, replacing
-from ulfine_fast.config import PRESETS, Encoder, FineTuning, Images, Schedule
+from ulfine_fast.config import PRESETS, Encoder, FineTuning, Images
 from ulfine_fast.datasets import dataset_data
 from ulfine_fast.distributed import World, gather_octets, gather_rows, whole
+from ulfine_fast.engine import Student, encode, load_tuned_tensors, tuned_tensors
 from ulfine_fast.evaluation import Predictions
 from ulfine_fast.experiment import UNITS, curve, surroundings
-from ulfine_fast.features import FeatureData
-from ulfine_fast.finetune import Student, encode, finetune, load_tuned_tensors, tuned_tensors
 from ulfine_fast.history import TrainResult
 from ulfine_fast.image_data import UNKNOWN, ImageData, shortened
 from ulfine_fast.image_folders import folder_data
@@ -34,6 +33,7 @@ from ulfine_fast.imagenet127 import imagenet127_data
 from ulfine_fast.images import ChosenImages, ImageSource, ReadReport
 from ulfine_fast.learners import LEARNERS, Config, DualConfig, build_learner
 from ulfine_fast.loader import ViewLoader, default_workers, evaluation_batches
+from ulfine_fast.loop import train
 from ulfine_fast.run_folder import CONFIG, PLACES, load_run
 from ulfine_fast.splits import ClassRow, first_per_class, groups_by_rank
 from ulfine_fast.towers import Tower, load_tower
@@ -244,25 +244,8 @@ def _settled(
     features, readable = reader.features(encode_images, data.train, data.labelled)
     rows = F.normalize(features[readable, 0], dim=-1)[None]
     labels = torch.from_numpy(data.labels[readable])
-    nothing = rows[:, :0]
-    cached = FeatureData(
-        labelled=rows,
-        labels=labels,
-        weak=nothing,
-        strong=nothing,
-        unlabelled_truth=labels[:0],
-        test=nothing[0],
-        test_labels=labels[:0],
-        validation=None,
-        validation_labels=None,
-        prototypes=prototypes.cpu(),
-        class_names=data.class_names,
-        labelled_counts=torch.bincount(labels, minlength=len(prototypes)),
-        unlabelled_counts=torch.zeros(len(prototypes), dtype=torch.int64),
-        unlabelled_is_labelled=torch.zeros(0, dtype=torch.bool),
-        split=None,
-    )
-    return settle_eta(cached, method, Schedule(seed=schedule.seed), reader.device)
+    place = prototypes.to(reader.device)
+    return settle_eta(rows, labels, place, method, FineTuning(seed=schedule.seed))
 
 
 def run(
@@ -287,7 +270,7 @@ def run(
         device: of the encoder. world: the processes of this run, None is this one alone.
         crops: views of a test image, "single" or "five" (LIFT's test-time ensembling).
         workers: threads that read and augment images, None: one for each processor, at most 16.
-        run_dir, resume, checkpoint_every, progress: as `finetune`.
+        run_dir, resume, checkpoint_every, progress: as `loop.train`.
         claim: entered before the first step, when everything is loaded, and left at the end of training.
 
     Raises ValueError for steps of a method that takes none.
@@ -328,7 +311,7 @@ def run(
         # where it was chosen before training, the choice
         identity["eta"] = student.learner.config.eta
     with loader, claim or nullcontext():
-        training = finetune(
+        training = train(
             student,
             ImageViews(data, loader, schedule, place),
             data.labelled_counts,

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ulfine_fast.batches import Batch, FeatureViews
 from ulfine_fast.config import METHODS, Method, Schedule
 from ulfine_fast.features import FeatureData
 from ulfine_fast.learners.dual import SMALLEST_KEPT_SHARE
 from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.optimizer import MOMENTUM, learning_rate
 from ulfine_fast.splits import groups_by_rank
-from ulfine_fast.trainer import Batches
 from ulfine_fast.validation import ETAS, SCALE_DECAY, STEPS
 
 SMALLEST_SHARE = 1e-4
@@ -214,14 +214,14 @@ class Learner:
         logits = branches if self.recipe.loss_on == "branches" else (self.fuse(*branches),)
         return sum(F.cross_entropy(z + adjustment, target, reduction="none") for z in logits)
 
-    def step(self, batch: Any, rows: Tensor | None, number: int, optimizer: torch.optim.Optimizer) -> None:
+    def step(self, batch: Batch, number: int, optimizer: torch.optim.Optimizer) -> None:
         recipe = self.recipe
         adjustment = recipe.adjust_labelled * self.log_prior
         unlabelled = len(batch.weak) > 0
         if unlabelled:
             label, keep, p = self.pseudo(batch.weak)
             if recipe.oracle:
-                label = self.data.unlabelled_truth[rows]
+                label = self.data.unlabelled_truth[batch.places]
         loss = self.loss(batch.labelled, batch.targets, adjustment).mean()
         if unlabelled:
             weight = recipe.unlabelled_weight
@@ -250,7 +250,7 @@ class Learner:
             self.update(batch, label, keep, p)
 
     @torch.no_grad()
-    def update(self, batch: Any, label: Tensor, keep: Tensor, p: Tensor) -> None:
+    def update(self, batch: Batch, label: Tensor, keep: Tensor, p: Tensor) -> None:
         recipe, classes = self.recipe, len(self.text)
         gamma = recipe.gamma
         if recipe.orthogonality_weight:
@@ -309,6 +309,11 @@ def optimizer_of(learner: Learner) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=MOMENTUM)
 
 
+def batch_of(views: FeatureViews, recipe: Recipe, schedule: Schedule, number: int) -> Batch:
+    unlabelled = schedule.unlabelled_batch if recipe.unlabelled_weight and len(views.unlabelled_truth) else 0
+    return views.batch(number, range(schedule.labelled_batch), range(unlabelled), 1)
+
+
 @lru_cache(maxsize=16)
 def held_out_losses(data: FeatureData, recipe: Recipe, schedule: Schedule) -> dict[float, float]:
     """Cross-validated loss of each candidate for eta on labelled rows; see `ulfine_fast.validation`."""
@@ -330,15 +335,15 @@ def held_out_losses(data: FeatureData, recipe: Recipe, schedule: Schedule) -> di
             learner = Learner(part, alone, short)
             if recipe.fitting == "posterior":
                 learner.textual = learner.labelled_posterior()
-            optimizer, batches = optimizer_of(learner), Batches(part, alone, short, torch.device("cpu"))
+            optimizer, views = optimizer_of(learner), FeatureViews.of(part, short)
             for number in range(STEPS):
                 optimizer.param_groups[0]["lr"] = learning_rate(short, number)
-                batch = batches(number)
+                batch = batch_of(views, alone, short, number)
                 with torch.no_grad():
                     scales = learner.scales_of(learner.branches(batch.labelled))
                 old = scales if learner.scales is None else learner.scales
                 learner.scales = SCALE_DECAY * old + (1.0 - SCALE_DECAY) * scales
-                learner.step(batch, None, number, optimizer)
+                learner.step(batch, number, optimizer)
             with torch.no_grad():
                 z = learner.fuse(*learner.branches(data.labelled[0, held_out])) + log_prior
             total += float(F.cross_entropy(z, data.labels[held_out], reduction="sum"))
@@ -357,12 +362,11 @@ def train(data: FeatureData, recipe: Recipe, schedule: Schedule) -> Fitted:
         data = replace(data, weak=unit(data.weak.mean(0, keepdim=True)).expand_as(data.weak))
     learner = Learner(data, recipe, schedule)
     optimizer = optimizer_of(learner)
-    batches = Batches(data, recipe, schedule, torch.device("cpu"))
+    views = FeatureViews.of(data, schedule)
     for number in range(schedule.steps if recipe.trained else 0):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(schedule, number)
-        rows = None if batches.from_unlabelled is None else batches.from_unlabelled(number)[0]
-        learner.step(batches(number), rows, number, optimizer)
+        learner.step(batch_of(views, recipe, schedule, number), number, optimizer)
     with torch.no_grad():
         branches = learner.branches(data.test)
         eta = recipe.eta if recipe.predict_eta is None else recipe.predict_eta

@@ -55,7 +55,7 @@ class Acr(TwoHeads):
         return self.config.largest_tau * distance.softmax(0)[0]
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
         """A target for each head, from its own logits."""
         threshold = self.config.threshold
         plain = self.plain(weak)

@@ -42,7 +42,7 @@ class Ccl(TwoHeads):
         return 0.5 * (self.plain(features) - prior.log()) + 0.5 * self.head(features)
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
         """The label of the fused logits, kept from the threshold."""
         logits = self.logits(weak)
         probabilities = logits.softmax(-1)

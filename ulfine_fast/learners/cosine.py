@@ -48,7 +48,13 @@ class CosineLearner(Learner):
         self.register_buffer("labelled_counts", labelled_counts.clone())
 
     def loss(
-        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: float
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        strong: Tensor,
+        rows: Tensor,
+        pseudo: Pseudo,
+        progress: float | Tensor,
     ) -> Tensor:
         """Labelled loss, and consistency of the strong views with their pseudo-labels."""
         return self.labelled_loss(labelled, targets) + consistency(

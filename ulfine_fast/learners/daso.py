@@ -67,26 +67,33 @@ class Daso(CosineLearner):
         return (share / share.max()) ** (1.0 / self.config.blend_temperature)
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
         """The label of the blended distribution, kept from the threshold."""
         config = self.config
         linear, semantic = self.head(weak).softmax(-1), self.semantic(weak).softmax(-1)
-        warm = progress >= config.warm_up
+        warm = torch.as_tensor(progress, device=weak.device) >= config.warm_up
         share = self.blend()[linear.argmax(-1), None] * warm
         label, confidence = confident((1.0 - share) * linear + share * semantic)
         finite = label >= 0
         keep = finite & (confidence >= config.threshold)
-        encoded = finite if warm and config.alignment_weight else keep
+        encoded = torch.where(warm, finite, keep) if config.alignment_weight else keep
         return Pseudo(label, config.unlabelled_weight * encoded, torch.where(keep, label, -1), (semantic,))
 
     def loss(
-        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: float
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        strong: Tensor,
+        rows: Tensor,
+        pseudo: Pseudo,
+        progress: float | Tensor,
     ) -> Tensor:
         """The loss of `CosineLearner`, and the alignment of strong with weak views after the warm-up."""
         loss = super().loss(labelled, targets, strong, rows, pseudo, progress)
-        if self.config.alignment_weight and progress >= self.config.warm_up:
+        if self.config.alignment_weight:
             aligned = pseudo._replace(target=pseudo.detail[0])
-            loss = loss + self.config.alignment_weight * consistency(
+            warm = torch.as_tensor(progress, device=strong.device) >= self.config.warm_up
+            loss = loss + self.config.alignment_weight * warm * consistency(
                 self.semantic(strong), rows, aligned, self.views
             )
         return loss

@@ -1,7 +1,4 @@
-"""The library's own family, `DualHead` with its estimators, as learners: every preset of `config.METHODS`.
-
-On the same features a step is that of `trainer.train_step`, except that rejected strong views may be left out.
-"""
+"""The library's own family, `DualHead` with its estimators, as learners: every preset of `config.METHODS`."""
 
 from __future__ import annotations
 
@@ -83,7 +80,7 @@ class Dual(Learner):
         measure_scales(self.head, weak, self.config)
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
         """Pseudo-labels of the fused branches; see `DualHead.pseudo_label`."""
         config = self.config
         found = self.head.pseudo_label(
@@ -104,15 +101,49 @@ class Dual(Learner):
         By row: `pseudo_label` takes the mean over the first rows, which are others where a batch comes in parts.
         """
         head, rows = self.head, weak[: self.config.scale_rows].float()
+        spread = weak.new_zeros(len(weak), 2, dtype=torch.float32)
+        if not len(rows):
+            return spread
         text = proto_logits(rows, head.state.textual, head.scales["proto_scale"])
         linear = only(head, 1.0)(rows)
-        spread = weak.new_zeros(len(weak), 2, dtype=torch.float32)
-        if len(rows):
-            spread[: len(rows)] = torch.stack([z.std(-1, correction=0) for z in (linear, text)], dim=-1)
+        spread[: len(rows)] = torch.stack([z.std(-1, correction=0) for z in (linear, text)], dim=-1)
         return spread
 
+    def joint(
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        weak: Tensor,
+        strong: Tensor,
+        progress: float | Tensor,
+    ) -> tuple[Tensor, Pseudo]:
+        """The same in one call of `head_loss`, which skips the rejected rows on the device."""
+        config, state = self.config, self.head.state
+        if config.labelled_loss != "logit_adjustment":
+            return super().joint(labelled, targets, weak, strong, progress)
+        loss, found = self.head.step_loss(
+            torch.cat([labelled, strong]),
+            weak,
+            targets,
+            config.threshold,
+            weak_adjustment=weak_adjustment(state, config),
+            adjustment=config.adjust_labelled * self.log_prior,
+            strong_adjustment=strong_adjustment(state, config, self.log_prior),
+            temperature=config.temperature,
+            scale_rows=config.scale_rows,
+            unlabelled_weight=config.unlabelled_weight,
+            orthogonality_weight=config.orthogonality_weight,
+        )
+        return loss, Pseudo(found.label, found.keep, found.label, counted=found)
+
     def loss(
-        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: float
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        strong: Tensor,
+        rows: Tensor,
+        pseudo: Pseudo,
+        progress: float | Tensor,
     ) -> Tensor:
         """Labelled and weighted strong cross-entropy, and orthogonality; see `head_loss`."""
         config = self.config
@@ -154,22 +185,11 @@ class Dual(Learner):
             if normalize:
                 state.normalize(finite)
             return
-        keep = pseudo.weight > 0
-        confidence, spread = pseudo.detail
-        spread = spread[: config.scale_rows]
-        counted = spread.isfinite().all(-1, keepdim=True)
         state.advance(
             labelled,
             targets,
             weak,
-            PseudoLabels(
-                pseudo.label,
-                confidence,
-                keep,
-                self._histogram(pseudo.label),
-                self._histogram(torch.where(keep, pseudo.label, -1)),
-                torch.where(counted, spread, 0.0).sum(0) / counted.sum().clamp_min(1),
-            ),
+            pseudo.counted or self._counted(pseudo),
             self.labelled_counts,
             finite,
             copies=copies,
@@ -183,6 +203,21 @@ class Dual(Learner):
             normalize=normalize,
         )
 
+    def _counted(self, pseudo: Pseudo) -> PseudoLabels:
+        """What `pseudo_label` would have said of rows that came in parts."""
+        keep = pseudo.weight > 0
+        confidence, spread = pseudo.detail
+        spread = spread[: self.config.scale_rows]
+        finite = spread.isfinite().all(-1, keepdim=True)
+        return PseudoLabels(
+            pseudo.label,
+            confidence,
+            keep,
+            self._histogram(pseudo.label),
+            self._histogram(torch.where(keep, pseudo.label, -1)),
+            torch.where(finite, spread, 0.0).sum(0) / finite.sum().clamp_min(1),
+        )
+
     def _histogram(self, label: Tensor) -> Tensor:
         """[C] int64 rows of each label [B] int64; negative ones are left out."""
         return one_hot(label, len(self.labelled_counts), torch.int64).sum(0)
@@ -194,6 +229,21 @@ class Dual(Learner):
     def branches(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """Both branches fused, and each alone."""
         return {name: only(self.head, eta) for name, eta in BRANCHES.items()}
+
+    def pseudo_of_branches(self, weak: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """See `Learner`."""
+        config, found = self.config, {}
+        adjustment = weak_adjustment(self.head.state, config)
+        for name, eta in BRANCHES.items():
+            pseudo = only(self.head, eta).pseudo_label(
+                weak,
+                config.threshold,
+                adjustment=adjustment,
+                temperature=config.temperature,
+                scale_rows=0,
+            )
+            found[name] = pseudo.label, pseudo.keep
+        return found
 
     def folded(self) -> Tensor:
         """See `DualHead.folded`."""

@@ -78,7 +78,7 @@ class FineSsl(CosineLearner):
         return self.config.margin * (status.max() - status.min()) * (1.0 - status) / (1.0 + status)
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
         """The label of the main head, weighed by the confidence of the auxiliary one."""
         label, confidence = confident(self.head(weak).softmax(-1))
         auxiliary = confident(self.auxiliary(weak).softmax(-1))[1]
@@ -87,7 +87,13 @@ class FineSsl(CosineLearner):
         return Pseudo(label, weight, label, (accepted,))
 
     def loss(
-        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: float
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        strong: Tensor,
+        rows: Tensor,
+        pseudo: Pseudo,
+        progress: float | Tensor,
     ) -> Tensor:
         """Margin loss of the main head, smoothed loss of the auxiliary one."""
         targeted = self._with_margins(self.head(strong), pseudo.target[rows])

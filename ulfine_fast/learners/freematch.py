@@ -51,7 +51,7 @@ class FreeMatch(CosineLearner):
         return overall * share / share.max()
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
         """The label of the highest probability, kept from the threshold of its class."""
         probabilities = self.head(weak).softmax(-1)
         label, confidence = confident(probabilities)
@@ -59,7 +59,13 @@ class FreeMatch(CosineLearner):
         return Pseudo(label, self.config.unlabelled_weight * keep, label, (probabilities,))
 
     def loss(
-        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: float
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        strong: Tensor,
+        rows: Tensor,
+        pseudo: Pseudo,
+        progress: float | Tensor,
     ) -> Tensor:
         """The loss of `CosineLearner`, and the fairness term if it is asked for."""
         loss = super().loss(labelled, targets, strong, rows, pseudo, progress)

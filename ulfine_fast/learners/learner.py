@@ -23,6 +23,7 @@ class Pseudo(NamedTuple):
     weight: Tensor  # [B_u] float32 >= 0, of the row in the loss; 0: its strong views are not needed
     target: Tensor  # [B_u] int64, -1: not in the main loss; or [B_u, C] float32 distributions
     detail: tuple[Tensor, ...] = ()  # what else `loss` and `advance` of the same learner need
+    counted: Any = None  # what `joint` has counted of all rows together; rows that are joined lose it
 
 
 class Learner(nn.Module):
@@ -42,15 +43,21 @@ class Learner(nn.Module):
     def start(self, weak: Tensor) -> None:
         """Measure what pseudo-labels need on the first weak batch [B_u, D], before the first step."""
 
-    def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
         """Pseudo-labels of weak views [B_u, D], without gradient and without a change of state.
 
-        progress: share of the run that is done, in [0, 1).
+        progress: share of the run that is done, in [0, 1); [] float64 where a captured step reads it.
         """
         raise NotImplementedError
 
     def loss(
-        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: float
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        strong: Tensor,
+        rows: Tensor,
+        pseudo: Pseudo,
+        progress: float | Tensor,
     ) -> Tensor:
         """Scalar loss in nats, differentiable in the features and the parameters.
 
@@ -62,6 +69,22 @@ class Learner(nn.Module):
             pseudo: of the same weak views, maybe none. progress: as it was given to `pseudo`.
         """
         raise NotImplementedError
+
+    def joint(
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        weak: Tensor,
+        strong: Tensor,
+        progress: float | Tensor,
+    ) -> tuple[Tensor, Pseudo]:
+        """`loss` and `pseudo` where the strong views [views * B_u, D] of all images are at hand, view by view.
+
+        Nothing is chosen on the host, so nothing waits for the device.
+        """
+        pseudo = self.pseudo(weak, progress)
+        rows = torch.arange(len(weak), device=weak.device).repeat(self.views)
+        return self.loss(labelled, targets, strong, rows, pseudo, progress), pseudo
 
     def advance(
         self,
@@ -87,6 +110,10 @@ class Learner(nn.Module):
     def branches(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """The classifiers of the method by name, each from features to logits; the first one is `logits`."""
         raise NotImplementedError
+
+    def pseudo_of_branches(self, weak: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Label and keep mask [B_u] of weak views by each branch alone; for reports, of methods that fuse branches."""
+        return {}
 
     def folded(self) -> Tensor | None:
         """[C, D] matrix M with logits = unit(features) @ M', or None where the logits are no such map."""

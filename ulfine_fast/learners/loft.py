@@ -43,7 +43,7 @@ class Loft(CosineLearner):
     """Pseudo-labels as distributions: `target` is [B_u, C]."""
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
         """Hard, soft or no target by the confidence of the weak view."""
         config = self.config
         probabilities = self.head(weak).softmax(-1)

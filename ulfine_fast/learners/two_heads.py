@@ -52,7 +52,13 @@ class TwoHeads(CosineLearner):
         return pseudo.target
 
     def loss(
-        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: float
+        self,
+        labelled: Tensor,
+        targets: Tensor,
+        strong: Tensor,
+        rows: Tensor,
+        pseudo: Pseudo,
+        progress: float | Tensor,
     ) -> Tensor:
         """Supervised and unlabelled loss of both heads."""
         balanced = pseudo._replace(target=self.balanced_target(pseudo))
