@@ -423,7 +423,7 @@ def test_an_absent_device_is_an_error():
 def test_the_command_starts_without_heavy_modules():
     code = (
         "import sys, ulfine_fast.cli;"
-        "print([m for m in ('matplotlib', 'rich', 'safetensors', 'PIL') if m in sys.modules])"
+        "print([m for m in ('torch', 'numpy', 'matplotlib', 'rich', 'safetensors', 'PIL') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
