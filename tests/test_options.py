@@ -217,12 +217,14 @@ def test_a_word_that_does_not_fit_is_named(words, message):
 
 def test_help_has_ranges_choices_and_defaults():
     said = " ".join(run("--help")[1].replace("│", " ").split())
+    # what stands for a number is the choice of the version of typer
+    said = re.sub(r"(?<=--(?:days|loss) )\S+|(?<=--guests )\S+", "NUMBER", said)
     for part in (
-        "--days <int> How long. [default: (3, or what is left)]",
-        "--loss <float> Of the way (in [0, 1)). [default: 0.0]",
+        "--days NUMBER How long. [default: (3, or what is left)]",
+        "--loss NUMBER Of the way (in [0, 1)). [default: 0.0]",
         "--by <foot|ferry> How. [default: foot]",
         "--to,--towards NAME Where to: Rome, Reykjavik, Riga. [default: Rome]",
-        "--guests <int> How many. [default: (nobody counts)]",
+        "--guests NUMBER How many. [default: (nobody counts)]",
         "--stop TEXT On the way.",
         "--map FILE A map.",
     ):
