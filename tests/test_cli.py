@@ -107,7 +107,7 @@ def test_settings_change_the_preset(tmp_path):
         (["--set", "adjust_unlabelled=maybe"], "adjust_unlabelled must be one of"),
         (["--set", "normalize_linear=1"], "expected true or false, got '1'"),
         (["--method", "mixmatch"], "expected one of zero_shot"),
-        (["--learning-rate", "0"], "learning_rate must be above 0"),
+        (["--learning-rate", "0"], "'--learning-rate': expected above 0, got 0.0"),
         (["--dataset", "cifar"], "fashion-mnist, cifar10, cifar100, svhn, got 'cifar'"),
         (["--set", "eta=7"], "eta must be in [0, 1], got 7.0"),
         (["--size", "100"], "size must be a positive multiple of 32, got 100"),
@@ -425,7 +425,7 @@ def test_an_absent_device_is_an_error():
 def test_the_command_starts_without_heavy_modules():
     code = (
         "import sys, ulfine_fast.cli;"
-        "print([m for m in ('matplotlib', 'rich', 'safetensors', 'PIL') if m in sys.modules])"
+        "print([m for m in ('torch', 'numpy', 'matplotlib', 'rich', 'safetensors', 'PIL') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
@@ -622,7 +622,7 @@ def test_finetune_says_which_eta_it_chose(tmp_path, pictures):
         (["--dataset", "cifar10", "--method", "mixmatch"], "expected one of zero_shot, "),
         (["--dataset", "cifar10", "--set", "nu=1"], "expected one of eta, "),
         (["--dataset", "cifar10", "--set", "views=two"], "--set views: expected int, got 'two'"),
-        (["--dataset", "cifar10", "--ema", "1"], "ema must be in [0, 1), got 1.0"),
+        (["--dataset", "cifar10", "--ema", "1"], "'--ema': expected in [0, 1), got 1.0"),
         (["--dataset", "cifar10", "--resume", "--overwrite"], "expected --resume or --overwrite, got both"),
         *(
             (["--dataset", "cifar10", "--template", text], f"and no other brace, got '{text}'")

@@ -29,8 +29,11 @@ def test_presets_are_named_and_described():
     assert method("ulfine") is METHODS["ulfine"]
 
 
-def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown method 'mixmatch'; known: zero_shot, .*, ulfine"):
+def test_an_unknown_method_lists_the_known_ones():
+    with pytest.raises(
+        ValueError,
+        match="method must be one of zero_shot, .*, ulfine_plus, got 'mixmatch'; did you mean fixmatch?",
+    ):
         method("mixmatch")
 
 

@@ -246,13 +246,24 @@ def test_the_library_never_asserts():
 
 
 def test_import_is_light():
+    def loads(before: str, then: str) -> set[str]:
+        script = (
+            f"import sys; {before}; before = set(sys.modules); {then}\n"
+            "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+        )
+        run = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+        return set(run.stdout.split()) - set(sys.stdlib_module_names)
+
+    assert loads("pass", "import ulfine_fast") == {"ulfine_fast"}
     # What torch itself brings along is torch's choice.
-    script = (
-        "import sys, torch; before = set(sys.modules); import ulfine_fast\n"
-        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
-    )
+    assert loads("import torch", "from ulfine_fast import DualHead") <= {"ulfine_fast", "torch", "numpy"}
+
+
+@pytest.mark.parametrize("first", ["ulfine_fast.head_loss", "ulfine_fast.engine", "ulfine_fast.backend"])
+def test_public_names_are_not_hidden_by_modules(first):
+    script = f"import {first}, ulfine_fast; print(callable(ulfine_fast.head_loss), hasattr(ulfine_fast, 'nothing'))"
     run = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
-    assert set(run.stdout.split()) - set(sys.stdlib_module_names) <= {"ulfine_fast", "torch", "numpy"}
+    assert run.stdout.split() == ["True", "False"]
 
 
 def test_what_is_imported_is_declared():

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ulfine_fast.options import one_of
 from ulfine_fast.randaugment import randaugment
 
 Kind = Literal["labelled", "weak", "strong"]
@@ -93,7 +94,7 @@ def build_pipeline(
     its range.
     """
     if name not in PIPELINES:
-        raise ValueError(f"build_pipeline: name must be one of {', '.join(PIPELINES)}, got {name!r}")
+        raise ValueError(f"build_pipeline: name must be {one_of(PIPELINES, name)}")
     pipeline = PIPELINES[name]
     if growth is not None and pipeline.growth is None:
         raise ValueError(f"build_pipeline: growth must be None for {name}, got {growth!r}")

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 3
 CHECKPOINT = "checkpoint.safetensors"  # its name in the folder of a run
@@ -105,6 +105,8 @@ def temporaries(path: Path) -> list[Path]:
 
 def digest(tensor: Tensor) -> str:
     """16 hexadecimal digits that stand for shape, dtype and content of `tensor`."""
+    import torch
+
     state = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=8)
     state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -16,25 +16,31 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ulfine_fast import finetune_command
-from ulfine_fast.config import METHODS, Data, FineTuning, Method, Schedule
+from ulfine_fast.command_options import changed, known, record, with_options
+from ulfine_fast.config import METHODS, Data, FineTuning, Schedule
 from ulfine_fast.terminal import (
-    PANEL_DATA,
-    PANEL_TRAINING,
+    RUN,
+    TRAINING,
+    CheckpointEvery,
     Commands,
+    Deterministic,
     Device,
+    Overwrite,
+    Resume,
+    Settings,
     Threads,
-    changed,
+    check_folder_choice,
     make_console,
     print_metrics,
     set_deterministic,
     set_threads,
-    settings_of,
     shown_log,
     usable_device,
+    wrong_usage,
 )
 
 Backend = Literal["auto", "reference", "cpp"]
-DATA, SCHEDULE = Data(), Schedule()
+SCHEDULE = Schedule()
 At = Annotated[
     list[str] | None,
     typer.Option(
@@ -76,22 +82,8 @@ def _options(
     pass
 
 
-def _known(name: str) -> str:
-    if name not in METHODS:
-        raise typer.BadParameter(f"expected one of {', '.join(METHODS)}, got {name!r}")
-    return name
-
-
-def _known_dataset(name: str) -> str:
-    from ulfine_fast.datasets import DATASETS
-
-    if name not in DATASETS:
-        raise typer.BadParameter(f"expected one of {', '.join(DATASETS)}, got {name!r}")
-    return name
-
-
 def _known_or_all(names: list[str] | None) -> list[str]:
-    return [_known(name) for name in names or METHODS]
+    return [known(METHODS)(name) for name in names or METHODS]
 
 
 @app.command(
@@ -139,139 +131,44 @@ def demo(
     "[bold]ulfine-fast train --method ulfine --set mu=0.01 --set adjust_unlabelled=kept[/bold]\n\n"
     "[bold]ulfine-fast train --method fixmatch --unlabelled reversed --steps 2000 --resume[/bold]",
 )
+@with_options({"Data": Data, TRAINING: Schedule})
 def train(
     ctx: typer.Context,
+    *,
     method: Annotated[
-        str, typer.Option(callback=_known, metavar="NAME", help=f"Preset: {', '.join(METHODS)}.")
+        str, typer.Option(callback=known(METHODS), metavar="NAME", help=f"Preset: {', '.join(METHODS)}.")
     ] = "ulfine",
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help=f"Change one field of the preset; repeat for more. Fields: {', '.join(settings_of(Method))}.",
-        ),
-    ] = None,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            callback=_known_dataset,
-            metavar="NAME",
-            help="fashion-mnist-subset or fashion-mnist.",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = DATA.dataset,
-    protocol: Annotated[
-        Literal["acr", "daso", "usb"],
-        typer.Option(
-            help="How the split is drawn; in acr every labelled image is an unlabelled one too.",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = DATA.protocol,
-    labelled_largest: Annotated[
-        int, typer.Option(min=1, help="Labelled images of the largest class.", rich_help_panel=PANEL_DATA)
-    ] = DATA.labelled_largest,
-    unlabelled_largest: Annotated[
-        int, typer.Option(min=0, help="Unlabelled images of the largest class.", rich_help_panel=PANEL_DATA)
-    ] = DATA.unlabelled_largest,
-    imbalance: Annotated[
-        float, typer.Option(min=1, help="Largest class / smallest class.", rich_help_panel=PANEL_DATA)
-    ] = DATA.imbalance,
-    unlabelled: Annotated[
-        Literal["consistent", "uniform", "reversed"],
-        typer.Option(
-            help="Order of the unlabelled class sizes against the labelled ones.", rich_help_panel=PANEL_DATA
-        ),
-    ] = DATA.unlabelled,
-    class_order: Annotated[
-        Literal["index", "shuffled"],
-        typer.Option(help="Head to tail by class index, or drawn from the seed.", rich_help_panel=PANEL_DATA),
-    ] = DATA.class_order,
-    size: Annotated[
-        int,
-        typer.Option(
-            min=32,
-            help="Side of the encoder's input in pixels, a multiple of 32.",
-            rich_help_panel=PANEL_DATA,
-        ),
-    ] = DATA.size,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the training.")] = DATA.seed,
-    steps: Annotated[
-        int, typer.Option(min=1, help="Training steps.", rich_help_panel=PANEL_TRAINING)
-    ] = SCHEDULE.steps,
-    labelled_batch: Annotated[
-        int, typer.Option(min=1, help="Labelled images per step.", rich_help_panel=PANEL_TRAINING)
-    ] = SCHEDULE.labelled_batch,
-    unlabelled_batch: Annotated[
-        int, typer.Option(min=0, help="Unlabelled images per step.", rich_help_panel=PANEL_TRAINING)
-    ] = SCHEDULE.unlabelled_batch,
-    optimizer: Annotated[
-        Literal["sgd", "adamw"], typer.Option(help="sgd has momentum 0.9.", rich_help_panel=PANEL_TRAINING)
-    ] = SCHEDULE.optimizer,
-    learning_rate: Annotated[
-        float,
-        typer.Option(
-            help="Learning rate at the start; a cosine takes it to 0.", rich_help_panel=PANEL_TRAINING
-        ),
-    ] = SCHEDULE.learning_rate,
-    weight_decay: Annotated[
-        float, typer.Option(min=0, help="Weight decay of the linear probe.", rich_help_panel=PANEL_TRAINING)
-    ] = SCHEDULE.weight_decay,
-    log_every: Annotated[
-        int,
-        typer.Option(min=1, help="Steps between two records of the history.", rich_help_panel=PANEL_TRAINING),
-    ] = SCHEDULE.log_every,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 100,
+    given: dict[str, Any],
+    setting: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD")] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue from the checkpoint in the run folder; --steps may be more."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a run folder of another configuration.")
-    ] = False,
-    device: Annotated[Device, typer.Option(help="auto takes CUDA if there is a device.")] = "auto",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    checkpoint_every: CheckpointEvery = 100,
+    device: Device = "auto",
     backend: Annotated[
         Backend,
-        typer.Option(help="Implementation of the ops; auto takes the fastest, a name runs or fails."),
+        typer.Option(
+            help="Implementation of the ops; auto takes the fastest, a name runs or fails.",
+            rich_help_panel=RUN,
+        ),
     ] = "auto",
     capture: Annotated[
         bool,
-        typer.Option(help="Run the steps as one CUDA graph; the result is the same. Needs a CUDA device."),
+        typer.Option(
+            help="Run the steps as one CUDA graph; the result is the same. Needs a CUDA device.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
     threads: Threads = 0,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Let torch use deterministic algorithms only.")
-    ] = False,
+    deterministic: Deterministic = False,
 ) -> None:
     """Train one method on one split; write checkpoint, metrics, predictions and pictures."""
-    if resume and overwrite:
-        raise typer.BadParameter("expected --resume or --overwrite, got both")
-    try:
-        data = Data(
-            dataset=dataset,
-            protocol=protocol,
-            labelled_largest=labelled_largest,
-            unlabelled_largest=unlabelled_largest,
-            imbalance=imbalance,
-            unlabelled=unlabelled,
-            class_order=class_order,
-            seed=seed,
-            size=size,
-        )
-        chosen = changed(METHODS[method], setting or [])
-        schedule = Schedule(
-            steps=steps,
-            labelled_batch=labelled_batch,
-            unlabelled_batch=unlabelled_batch,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            seed=seed,
-            log_every=log_every,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    check_folder_choice(resume, overwrite)
+    with wrong_usage():
+        data, schedule = record(Data, given), record(Schedule, given)
+        chosen = changed(METHODS[method], setting or ())
+    if schedule.steps == 0:
+        raise typer.BadParameter("expected at least 1, got 0; zero_shot takes none", param_hint="'--steps'")
     run_dir = out or Path("runs") / method
     configuration = {
         "data": asdict(data),
@@ -293,10 +190,10 @@ def train(
     features = experiment.load_data(data)
     console.print(
         report.split_report(
-            experiment.split_rows(features), f"Split of seed {seed} ({protocol}, {unlabelled})"
+            experiment.split_rows(features), f"Split of seed {data.seed} ({data.protocol}, {data.unlabelled})"
         )
     )
-    console.print(f"Training {method}: {chosen.summary}; {steps if chosen.trained else 0} steps")
+    console.print(f"Training {method}: {chosen.summary}; {schedule.steps if chosen.trained else 0} steps")
     ctx.meta["run_dir"] = run_dir
     with use_backend(backend), run_folder.claim(run_dir, configuration, resume=resume):
         outcome = experiment.run(
@@ -327,7 +224,7 @@ app.command(epilog=finetune_command.EPILOG)(finetune_command.finetune)
 )
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="Folder that train or finetune wrote.", metavar="RUN_DIR")],
-    device: Annotated[Device, typer.Option(help="auto takes CUDA if there is a device.")] = "auto",
+    device: Device = "auto",
     crops: Annotated[
         Literal["single", "five"] | None,
         typer.Option(help="Views of a test image, for a run of finetune.", show_default="those of the run"),

@@ -1,120 +1,115 @@
-"""Every choice of a run in three frozen records: the data, the method, and how long it trains."""
+"""Every choice of a run in frozen records, and the presets of both commands."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-ADJUST_UNLABELLED = ("none", "labelled", "kept", "both")
-FITTING = ("compounding", "posterior")
+from ulfine_fast.options import Record, one_of, option, redefined, share
 
-
-def _one_of(record: Any, name: str, choices: tuple[str, ...]) -> None:
-    if getattr(record, name) not in choices:
-        known = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
-        raise ValueError(f"{name} must be {known}, got {getattr(record, name)!r}")
-
-
-def _finite(record: Any, name: str) -> None:
-    if not math.isfinite(getattr(record, name)):
-        raise ValueError(f"{name} must be finite, got {getattr(record, name)}")
-
-
-def _above_zero(record: Any, *names: str) -> None:
-    for name in names:
-        _finite(record, name)
-        if not getattr(record, name) > 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(record, name)}")
-
-
-def _at_least(record: Any, low: int, *names: str) -> None:
-    for name in names:
-        _finite(record, name)
-        if not getattr(record, name) >= low:
-            raise ValueError(f"{name} must be at least {low}, got {getattr(record, name)}")
+_IN_MEMORY = ("fashion-mnist-subset", "fashion-mnist", "cifar10", "cifar100", "svhn")
 
 
 @dataclass(frozen=True)
-class Data:
-    """Which images a head is trained on, and as what features. The names are those of `load_features`.
+class Data(Record):
+    """Which images a head is trained on, and as what features. The names are those of `load_features`."""
 
-    Raises ValueError for a number outside its range, as `Method` and `Schedule` do.
-    """
-
-    dataset: str = "fashion-mnist-subset"
-    protocol: str = "usb"
-    labelled_largest: int = 150  # N1, labelled images of the largest class
-    unlabelled_largest: int = 250  # M1, unlabelled images of the largest class
-    imbalance: float = 50.0  # largest class / smallest class
-    unlabelled_imbalance: float | None = None  # None: the same
-    unlabelled: str = "consistent"  # order of the unlabelled counts: consistent, uniform, reversed
-    class_order: str = "shuffled"  # "index", or "shuffled": the seed picks head and tail
-    seed: int = 0  # of the split
-    size: int = 160  # side of the encoder's input, pixels, a multiple of 32
-    weak_copies: int = 2  # stored weak views per image
-    strong_copies: int = 2  # stored strong views per image
+    dataset: str = option("fashion-mnist-subset", "Data set", choices=_IN_MEMORY, common=True)
+    protocol: str = option(
+        "usb",
+        "How the split is drawn; in acr every labelled image is an unlabelled one too.",
+        choices=("acr", "daso", "usb"),
+    )
+    labelled_largest: int = option(150, "Labelled images of the largest class.", at_least=1, common=True)
+    unlabelled_largest: int = option(250, "Unlabelled images of the largest class.", at_least=0, common=True)
+    imbalance: float = option(
+        50.0, "Labelled images: largest class / smallest class.", at_least=1, common=True
+    )
+    unlabelled_imbalance: float | None = option(
+        None,
+        "Unlabelled images: largest class / smallest class.",
+        at_least=1,
+        shown="that of the labelled ones",
+    )
+    unlabelled: str = option(
+        "consistent",
+        "Order of the unlabelled class sizes against the labelled ones",
+        choices=("consistent", "uniform", "reversed"),
+        common=True,
+    )
+    class_order: str = option(
+        "shuffled", "Head to tail by class index, or drawn from the seed.", choices=("index", "shuffled")
+    )
+    seed: int = option(0, "Seed of the split and of the training.", at_least=0)
+    size: int = option(160, "Side of the encoder's input in pixels, a multiple of 32.", at_least=32)
+    weak_copies: int = option(2, "Stored weak views of each image.", at_least=1)
+    strong_copies: int = option(2, "Stored strong views of each image.", at_least=1)
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "labelled_largest", "unlabelled_largest", "seed")
-        _at_least(self, 1, "imbalance", "weak_copies", "strong_copies")
+        super().__post_init__()
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
-        if self.size <= 0 or self.size % 32:
+        if self.size % 32:
             raise ValueError(f"size must be a positive multiple of 32, got {self.size}")
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Record):
     """A point in the space of heads that the one engine trains. The presets are `METHODS`."""
 
     summary: str
     # Branches
-    eta: float = 0.5  # weight of the linear branch in [0, 1]: pseudo-labels, prediction, fused loss
-    eta_folds: int = 0  # folds of the labelled images that choose eta before training; 0: eta as it is
-    linear_init: str = "text"  # "text" features or "random" unit rows
-    normalize_linear: bool = True  # cosine probe; False is a plain linear one
-    linear_scale: float = 25.0  # inverse temperature s_l
-    proto_scale: float = 25.0  # inverse temperature s_t
-    loss_on: str = "branches"  # "branches" or "fused"; with eta = 1, "fused" is the probe alone
-    trained: bool = True  # False predicts from the start state (zero-shot)
-    # Losses
-    adjust_labelled: float = 1.0  # tau of the logit adjustment by the labelled prior, 0 is none
-    # prior on the strong rows: none, labelled, kept (of kept pseudo-labels), both (their geometric mean)
-    adjust_unlabelled: str = "none"
-    unlabelled_weight: float = 1.0  # lambda_u, 0 leaves unlabelled data out
-    threshold: float = 0.7  # tau, confidence from which a pseudo-label is kept
-    temperature: float = 1.0  # softmax temperature of that confidence
-    prior_shift: float = 0.0  # share of log P_u added to the weak logits: the data follow their own prior
-    orthogonality_weight: float = 1.0  # lambda_o
-    # Estimators
-    fitting: str = "compounding"  # of the textual prototypes: steps of mu; "posterior": PrototypeState.refit
-    strength: float = 16.0  # "posterior": examples that the text is worth
-    unlabelled_mass: float = (
-        1.0  # "posterior": mass of all unlabelled examples over that of all labelled ones
+    eta: float = share(0.5, "Weight of the linear branch: pseudo-labels, prediction, fused loss.")
+    eta_folds: int = option(
+        0, "Folds of the labelled images that choose eta before training; 0: eta as it is.", at_least=0
     )
-    mu: float = 0.05  # largest step of a textual prototype towards its visual one, 0 keeps the text
-    beta: float = 0.9  # share of the old visual prototype in the running mean
-    gamma: float = 0.99  # share of the old pseudo-label distribution
-    scale_decay: float = 0.99  # share of the old branch scales
-    scale_rows: int = 32  # weak rows per step that the branch scales are measured on
+    linear_init: str = option("text", "Text features or random unit rows.", choices=("text", "random"))
+    normalize_linear: bool = option(True, "A cosine probe; false: a plain linear one.")
+    linear_scale: float = option(25.0, "Inverse temperature s_l of the linear branch.", above=0)
+    proto_scale: float = option(25.0, "Inverse temperature s_t of the prototype branch.", above=0)
+    loss_on: str = option(
+        "branches",
+        "The logits of the loss; with eta 1, fused is the probe alone.",
+        choices=("branches", "fused"),
+    )
+    trained: bool = option(True, "False predicts from the start state (zero-shot).")
+    # Losses
+    adjust_labelled: float = option(
+        1.0, "tau of the logit adjustment by the labelled prior, 0: none.", at_least=0
+    )
+    adjust_unlabelled: str = option(
+        "none",
+        "Prior on the strong rows: none, labelled, kept (of kept pseudo-labels), both (their geometric mean).",
+        choices=("none", "labelled", "kept", "both"),
+    )
+    unlabelled_weight: float = option(1.0, "lambda_u, 0 leaves unlabelled data out.", at_least=0)
+    threshold: float = share(0.7, "Confidence from which a pseudo-label is kept.")
+    temperature: float = option(1.0, "Softmax temperature of that confidence.", above=0)
+    prior_shift: float = option(
+        0.0, "Share of log P_u added to the weak logits: the data follow their own prior.", at_least=0
+    )
+    orthogonality_weight: float = option(1.0, "lambda_o.", at_least=0)
+    # Estimators
+    fitting: str = option(
+        "compounding",
+        "Of the textual prototypes: steps of mu, or PrototypeState.refit.",
+        choices=("compounding", "posterior"),
+    )
+    strength: float = option(16.0, "Of the posterior: examples that the text is worth.", above=0)
+    unlabelled_mass: float = option(
+        1.0, "Of the posterior: mass of all unlabelled examples over that of all labelled ones.", at_least=0
+    )
+    mu: float = share(0.05, "Largest step of a textual prototype towards its visual one, 0 keeps the text.")
+    beta: float = share(0.9, "Share of the old visual prototype in the running mean.")
+    gamma: float = share(0.99, "Share of the old pseudo-label distribution.")
+    scale_decay: float = share(0.99, "Share of the old branch scales.")
+    scale_rows: int = option(32, "Weak rows per step that the branch scales are measured on.", at_least=0)
 
     def __post_init__(self) -> None:
-        _one_of(self, "linear_init", ("text", "random"))
-        _one_of(self, "loss_on", ("branches", "fused"))
-        _one_of(self, "adjust_unlabelled", ADJUST_UNLABELLED)
-        _one_of(self, "fitting", FITTING)
-        _above_zero(self, "linear_scale", "proto_scale", "temperature", "strength")
-        _at_least(
-            self, 0, "adjust_labelled", "unlabelled_weight", "orthogonality_weight", "scale_rows", "prior_shift",
-            "unlabelled_mass", "eta_folds",
-        )  # fmt: skip
+        super().__post_init__()
         if self.eta_folds == 1:
             raise ValueError("eta_folds must be 0 or at least 2, got 1")
-        for name in ("eta", "threshold", "mu", "beta", "gamma", "scale_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
 
 _PROBE = Method(
@@ -184,7 +179,7 @@ METHODS: dict[str, Method] = {
 def method(name: str) -> Method:
     """The preset `name`; ValueError lists the known ones."""
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        raise ValueError(f"method must be {one_of(METHODS, name)}")
     return METHODS[name]
 
 
@@ -194,33 +189,28 @@ def kept_when_continued(schedule: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Record):
     """How a head is trained: batches, optimizer, length, seed."""
 
     # Optimizer and learning rate: the best mean accuracy over all presets that train, seeds 0-2, on 3,000
     # Fashion-MNIST training images outside every split, of sgd x {.003, .01, .03, .1, .3} and
     # adamw (weight decay .01) x {.0003, .001, .003, .01, .03}. The best three lie within 0.3 points.
 
-    steps: int = 400
-    labelled_batch: int = 32  # B_l, rows
-    unlabelled_batch: int = 224  # B_u, images, each with a weak and a strong view
-    optimizer: str = "sgd"  # "sgd" (momentum 0.9) or "adamw"
-    learning_rate: float = 0.01  # at the start; cosine to 0, per step
-    weight_decay: float = 5e-4  # on the linear probe; prototypes have unit rows and need none
-    seed: int = 0  # of the order of batches and views, and of a random start
-    log_every: int = 20  # steps between two records of the history
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "steps", "unlabelled_batch", "weight_decay", "seed")
-        _above_zero(self, "labelled_batch", "log_every", "learning_rate")
-        _one_of(self, "optimizer", ("sgd", "adamw"))
+    steps: int = option(400, "Training steps.", at_least=0, common=True)
+    labelled_batch: int = option(32, "Labelled images per step.", above=0)
+    unlabelled_batch: int = option(224, "Unlabelled images per step, each with two views.", at_least=0)
+    optimizer: str = option("sgd", "sgd has momentum 0.9.", choices=("sgd", "adamw"))
+    learning_rate: float = option(0.01, "Learning rate at the start; a cosine takes it to 0.", above=0)
+    # prototypes have unit rows and need none
+    weight_decay: float = option(5e-4, "Weight decay of the linear probe.", at_least=0)
+    seed: int = redefined(Data, "seed", 0, common=True)
+    log_every: int = option(20, "Steps between two records of the history.", above=0)
 
     def identity(self) -> dict[str, Any]:
         """What a run keeps when it goes on: all but its length and its reports."""
         return kept_when_continued(asdict(self))
 
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 _OF_A_SPLIT = (
     "protocol", "labelled_largest", "unlabelled_largest", "imbalance", "unlabelled_imbalance", "distribution",
     "class_order",
@@ -228,38 +218,82 @@ _OF_A_SPLIT = (
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Record):
     """Which images an encoder is tuned on: exactly one of a data set, folders, a table, lists, and ImageNet-127.
 
-    Of a data set a long-tailed split is drawn, as `Data` describes it. Raises ValueError for none or two of the five,
-    for a field that says nothing of the one that is given, and for a number outside its range.
+    Of a data set a long-tailed split is drawn, as `Data` describes it. Raises ValueError, too, for none or two of the
+    five, and for a field that says nothing of the one that is given.
     """
 
-    dataset: str | None = None  # a name of `datasets.IMAGE_DATASETS`
-    protocol: str = "acr"
-    labelled_largest: int = 100
-    unlabelled_largest: int | None = None  # None: twice the labelled ones, or what the data set brings
-    imbalance: float = 100.0
-    unlabelled_imbalance: float | None = None
-    distribution: str = "consistent"  # order of the unlabelled counts: consistent, uniform, reversed
-    class_order: str = "index"
-    labelled: str | None = None  # folder with one folder of images for each class
-    unlabelled: str | None = None  # folder of images, however nested
-    test: str | None = None  # folder like `labelled`
-    table: str | None = None  # CSV, TSV or Parquet file with the columns path, label, split
-    root: str | None = None  # folder that paths start from, None: that of the table or of the training list
-    train_list: str | None = None  # text file with a line "path label" for each training image
-    test_list: str | None = None  # the same of the test images
-    imagenet127: str | None = None  # folder with the pickles of downsampled ImageNet
-    superclasses: str | None = (
-        None  # file with the superclass of each class of ImageNet, see `imagenet127_data`
+    dataset: str | None = option(
+        None, "Draw a long-tailed split of", choices=(*_IN_MEMORY, "stl10", "food101"), common=True
     )
-    class_names: str | None = None  # file with a name for each class of lists or of ImageNet-127
-    # labelled share of the training images of each class; None: .25 of lists (FineSSL), .1 of ImageNet-127 (ACR)
-    labelled_share: float | None = None
-    seed: int = 0  # of the split
+    protocol: str = redefined(Data, "protocol", "acr")
+    labelled_largest: int = redefined(Data, "labelled_largest", 100, common=False)
+    unlabelled_largest: int | None = redefined(
+        Data,
+        "unlabelled_largest",
+        None,
+        shown="twice the labelled ones, or what the data set brings",
+        common=False,
+    )
+    imbalance: float = redefined(Data, "imbalance", 100.0, common=False)
+    unlabelled_imbalance: float | None = redefined(Data, "unlabelled_imbalance", None)
+    distribution: str = redefined(Data, "unlabelled", "consistent", common=False)
+    class_order: str = redefined(Data, "class_order", "index")
+    labelled: str | None = option(
+        None,
+        "Labelled images, a folder for each class.",
+        metavar="DIR",
+        spellings=("--labelled", "--labeled"),
+        common=True,
+    )
+    unlabelled: str | None = option(
+        None,
+        "Unlabelled images, in whatever folders.",
+        metavar="DIR",
+        spellings=("--unlabelled", "--unlabeled"),
+        common=True,
+    )
+    test: str | None = option(None, "Test images, a folder for each class.", metavar="DIR", common=True)
+    table: str | None = option(
+        None,
+        "CSV, TSV or Parquet file with columns path, label, split (train, unlabelled, test).",
+        metavar="FILE",
+    )
+    root: str | None = option(
+        None,
+        "Folder that the paths of the table or of the lists start from.",
+        metavar="DIR",
+        shown="that of the table or of the training list",
+    )
+    train_list: str | None = option(
+        None,
+        'Text file with a line "path label" for each training image (ImageNet-LT, Places-LT, iNaturalist).',
+        metavar="FILE",
+    )
+    test_list: str | None = option(None, "The same of the test images.", metavar="FILE")
+    imagenet127: str | None = option(
+        None, "Pickles of downsampled ImageNet, for ImageNet-127.", metavar="DIR"
+    )
+    superclasses: str | None = option(
+        None, "The superclass of each class of ImageNet, where the pickles have these.", metavar="FILE"
+    )
+    class_names: str | None = option(
+        None, "A name in each line, for lists and for ImageNet-127.", metavar="FILE", shown="numbers"
+    )
+    # by default that of FineSSL and that of ACR
+    labelled_share: float | None = option(
+        None,
+        "Labelled share of each class, for lists and for ImageNet-127.",
+        above=0,
+        at_most=1,
+        shown="0.25 and 0.1",
+    )
+    seed: int = redefined(Data, "seed", 0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kinds = {
             "dataset": ("a data set", _OF_A_SPLIT),
             "labelled": ("folders", ("unlabelled", "test")),
@@ -283,27 +317,46 @@ class Images:
             raise ValueError("folders need labelled and test images, got no test folder")
         if self.train_list is not None and self.test_list is None:
             raise ValueError("lists need training and test images, got no test list")
-        _at_least(self, 0, "labelled_largest", "seed")
-        if self.unlabelled_largest is not None:
-            _at_least(self, 0, "unlabelled_largest")
-        _at_least(self, 1, "imbalance")
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Encoder(Record):
     """Which encoder is tuned and how classes get their first prototypes; see `towers.load_tower`."""
 
-    model: str = "lite0"
-    pretrained: str | None = None  # tag of open_clip's weights, or the path of a checkpoint
-    # of the features: "joint"; "visual", before CLIP's projection (LIFT)
-    space: str = "joint"
-    size: int | None = None  # side of the input in pixels, None: the model's own
-    templates: tuple[str, ...] | None = None  # of the class names, None: the model's own
-    compile: bool = False  # torch.compile the image tower
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    model: str = option(
+        "lite0",
+        "lite0, lite2 (offline), a model of open_clip, timm:NAME, or a folder with a model of open_clip.",
+        metavar="NAME",
+        common=True,
+    )
+    pretrained: str | None = option(
+        None,
+        "Its weights: a tag of open_clip or timm, or a checkpoint file.",
+        metavar="TAG|FILE",
+        common=True,
+    )
+    # before it: LIFT
+    space: str = option(
+        "joint",
+        "Features of CLIP: after its projection, or before it.",
+        choices=("joint", "visual"),
+        shown="the method's",
+    )
+    size: int | None = option(None, "Side of the input in pixels.", at_least=1, shown="the model's")
+    templates: tuple[str, ...] | None = option(
+        None,
+        "Prompt with {} for the class name; repeat for an ensemble.",
+        metavar="TEXT",
+        spellings=("--template",),
+        shown="the model's",
+    )
+    compile: bool = option(False, "Compile the image tower.")
+    gradient_checkpointing: bool = option(
+        False, "Less memory: compute activations again in the backward pass."
+    )
 
     def __post_init__(self) -> None:
-        _one_of(self, "space", ("joint", "visual"))
+        super().__post_init__()
         for template in self.templates or ():
             if not template.count("{}") == template.count("{") == template.count("}") == 1:
                 raise ValueError(
@@ -312,36 +365,56 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(Record):
     """How an encoder is tuned together with a head. What no source is named for is our choice."""
 
-    tuning: str = "adaptformer"  # what of the encoder is trained, see `tuning.TUNINGS`
-    width: int | None = None  # of its modules, None: see `tuning.tune`
-    blocks: int | None = None  # only so many of the last blocks are tuned, None: see `tuning.tune`
-    pipeline: str = "finessl"  # augmentations, see `augment.PIPELINES`
-    steps: int = 5000
-    labelled_batch: int = 32  # B_l, images of all processes and parts together (FineSSL)
-    unlabelled_batch: int = 224  # B_u, 7 B_l (FixMatch, LoFT)
-    parts: int = 1  # of a batch, one after the other in the memory of a device; gradients add up
-    optimizer: str = "sgd"  # "sgd" (momentum 0.9; LIFT) or "adamw"
-    learning_rate: float = 0.01  # at the start; cosine to 0, per step (LIFT, LoFT)
-    weight_decay: float = 5e-4  # (LIFT)
-    precision: str = "fp32"  # of the encoder's products: "fp32", "bf16" or "fp16"; weights stay float32
-    ema: float = 0.0  # share of the old weights in their running mean, which is what is evaluated; 0 is none
-    augment_on_device: bool = False  # RandAugment on the tensors of the device, see `loader.ViewLoader`
-    look_ahead: bool = False  # pseudo-labels of a step from the weights of the step before
-    shard: bool = False  # split the encoder, its gradients and its optimizer over the processes
-    seed: int = 0  # of batches and views
-    log_every: int = 50  # steps between two records of the history
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "steps", "unlabelled_batch", "weight_decay", "seed")
-        _at_least(self, 1, "labelled_batch", "parts", "log_every")
-        _above_zero(self, "learning_rate")
-        _one_of(self, "optimizer", ("sgd", "adamw"))
-        _one_of(self, "precision", PRECISIONS)
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+    tuning: str = option(
+        "adaptformer",
+        "What of the encoder is trained, where linear_probe is nothing",
+        choices=(
+            "linear_probe", "full", "partial", "bitfit", "ln_tune", "adaptformer", "adapter", "lora", "lora_mlp",
+            "ssf", "vpt_shallow", "vpt_deep",
+        ),
+    )  # fmt: skip
+    width: int | None = option(
+        None, "Width or rank of the modules, or number of prompts.", at_least=1, shown="LIFT's rule"
+    )
+    blocks: int | None = option(None, "Tune only so many of the last blocks.", at_least=1, shown="all")
+    pipeline: str = option(
+        "finessl",
+        "Augmentation, where small is for 32 px",
+        choices=("lift", "lift_plus", "finessl", "loft", "small"),
+    )
+    steps: int = option(5000, "Training steps.", at_least=0, common=True)
+    labelled_batch: int = option(32, "Labelled images per step, of all processes.", above=0)  # (FineSSL)
+    # 7 labelled batches (FixMatch, LoFT)
+    unlabelled_batch: int = option(224, "Unlabelled images per step, of all processes.", at_least=0)
+    parts: int = option(1, "Encode a batch in so many parts: less memory.", at_least=1)
+    optimizer: str = redefined(Schedule, "optimizer", "sgd")  # (LIFT)
+    learning_rate: float = redefined(Schedule, "learning_rate", 0.01)  # (LIFT, LoFT)
+    weight_decay: float = option(5e-4, "Weight decay.", at_least=0)  # (LIFT)
+    precision: str = option(
+        "fp32",
+        "Of the encoder's products; weights and head stay float32.",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    ema: float = option(
+        0.0,
+        "Evaluate a running mean of the weights that keeps this share per step; 0: the last weights.",
+        at_least=0,
+        below=1,
+    )
+    augment_on_device: bool = option(
+        False, "RandAugment on the device, where the processors cannot keep up with it."
+    )
+    look_ahead: bool = option(
+        False, "Pseudo-labels from the weights of the step before: strong views are made while a step runs."
+    )
+    shard: bool = option(
+        False, "Split encoder, gradients and optimizer over the processes (FSDP): less memory in each."
+    )
+    seed: int = redefined(Data, "seed", 0)
+    log_every: int = redefined(Schedule, "log_every", 50)
 
     def identity(self) -> dict[str, Any]:
         """What a run keeps when it goes on: all but its length, its reports and how processes share its memory."""

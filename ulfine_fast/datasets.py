@@ -31,6 +31,7 @@ from ulfine_fast.images import (
     ReadReport,
     check_pixels,
 )
+from ulfine_fast.options import one_of
 from ulfine_fast.splits import ClassOrder, Protocol, Unlabelled, make_split
 
 FASHION_MNIST_CLASSES = (
@@ -102,7 +103,7 @@ def load_dataset(name: str) -> tuple[ImageSet, ImageSet]:
     data, ImportError when a package of the extra [images] is missing.
     """
     if name not in DATASETS:
-        raise ValueError(f"data set must be one of {', '.join(DATASETS)}, got {name!r}")
+        raise ValueError(f"data set must be {one_of(DATASETS, name)}")
     return DATASETS[name]()
 
 
@@ -131,7 +132,7 @@ def dataset_data(
     Raises the errors of `load_dataset` and `make_split`, and ValueError for an argument that does not fit.
     """
     if name not in IMAGE_DATASETS:
-        raise ValueError(f"data set must be one of {', '.join(IMAGE_DATASETS)}, got {name!r}")
+        raise ValueError(f"data set must be {one_of(IMAGE_DATASETS, name)}")
     if name == "stl10":
         if (unlabelled_largest, unlabelled_imbalance, unlabelled) != (None, None, "consistent"):
             raise ValueError(

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulfine_fast.assets import asset, verified
+from ulfine_fast.options import one_of
 
 IMAGE_WEIGHTS = {
     "lite0": (
@@ -161,7 +162,7 @@ def lite_weights(variant: str) -> dict[str, Tensor]:
     or the variant is unknown.
     """
     if variant not in IMAGE_WEIGHTS:
-        raise ValueError(f"lite_weights: variant must be {' or '.join(IMAGE_WEIGHTS)}, got {variant!r}")
+        raise ValueError(f"lite_weights: variant must be {one_of(IMAGE_WEIGHTS, variant)}")
     return torch.load(_image_weights(variant), map_location="cpu", weights_only=True)
 
 

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,10 +23,43 @@ if TYPE_CHECKING:
 
 CTRL_C = 128 + signal.SIGINT
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
-PANEL_DATA, PANEL_ENCODER, PANEL_TRAINING, PANEL_RUN = "Data", "Encoder", "Training", "Run"
-Device = Literal["auto", "cpu", "cuda"]
-THREADS_HELP = "CPU threads; 0 takes torch's choice (results may differ in the last bit)."
-Threads = Annotated[int, typer.Option(min=0, help=THREADS_HELP)]
+TRAINING, RUN = "Training", "Run"  # panels of the help
+
+
+def _flag(name: str, says: str) -> Any:
+    return Annotated[bool, typer.Option(name, help=says, rich_help_panel=RUN)]
+
+
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="auto takes CUDA if there is a device.", rich_help_panel=RUN),
+]
+Threads = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="CPU threads; 0 takes torch's choice (results may differ in the last bit).",
+        rich_help_panel=RUN,
+    ),
+]
+CheckpointEvery = Annotated[
+    int, typer.Option(min=1, help="Steps between two checkpoints.", rich_help_panel=RUN)
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue from the checkpoint in the run folder; --steps may be more."),
+]
+Overwrite = _flag("--overwrite", "Replace a run folder of another configuration.")
+Deterministic = _flag("--deterministic", "Let torch use deterministic algorithms only.")
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change one field of the method; repeat for more. An unknown field lists the known ones.",
+        rich_help_panel=TRAINING,
+    ),
+]
 
 
 class Commands(TyperGroup):
@@ -95,34 +127,13 @@ def how_to_resume(ctx: Any) -> str:
     return f"; continue from the last checkpoint with:\n  {command}"
 
 
-def settings_of(config: Any) -> list[str]:
-    """Names of the fields that `--set` can change."""
-    return [field.name for field in fields(config) if field.name != "summary"]
-
-
-def changed(method: Any, settings: list[str]) -> Any:
-    """The config `method` with FIELD=VALUE settings; ValueError for an unknown field or a value of another type."""
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set: expected FIELD=VALUE, got {setting!r}")
-        if name not in settings_of(method):
-            raise ValueError(f"--set: expected one of {', '.join(settings_of(method))}, got {name!r}")
-        kind = type(getattr(method, name))
-        if kind is bool:
-            if text not in ("true", "false"):
-                raise ValueError(f"--set {name}: expected true or false, got {text!r}")
-            changes[name] = text == "true"
-        else:
-            try:
-                changes[name] = kind(text)
-            except ValueError as error:
-                raise ValueError(f"--set {name}: expected {kind.__name__}, got {text!r}") from error
-    if "eta" in changes and hasattr(method, "eta_folds"):
-        # A preset that would choose it takes the one that is given.
-        changes.setdefault("eta_folds", 0)
-    return replace(method, **changes)
+@contextmanager
+def wrong_usage() -> Iterator[None]:
+    """A ValueError of the block is one of the words of the command: exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @contextmanager
@@ -153,6 +164,12 @@ def make_console(*, quiet: bool = False) -> Console:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     return Console(width=width, markup=False, emoji=False, highlight=False, quiet=quiet)
+
+
+def check_folder_choice(resume: bool, overwrite: bool) -> None:
+    """Raise where both --resume and --overwrite are given."""
+    if resume and overwrite:
+        raise typer.BadParameter("expected --resume or --overwrite, got both")
 
 
 def set_threads(threads: int) -> None:

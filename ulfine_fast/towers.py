@@ -32,6 +32,7 @@ from ulfine_fast.encoder import (
     lite_weights,
     text_embeddings,
 )
+from ulfine_fast.options import did_you_mean
 from ulfine_fast.weights import check_values, read_weights, weights_of
 
 if TYPE_CHECKING:
@@ -326,7 +327,10 @@ def _timm_tower(model: str, pretrained: str | None, space: str, size: int | None
         raise _missing(error) from error
     architecture, _, tag = model.removeprefix("timm:").partition(".")
     if not timm.is_model(architecture):
-        raise ValueError(f"model must be timm: and a name of timm.list_models(), got {model!r}")
+        raise ValueError(
+            f"model must be timm: and a name of timm.list_models(), got {model!r}"
+            + did_you_mean(model, [f"timm:{name}" for name in timm.list_models()])
+        )
     _joint_only(model, space)
     file = pretrained if pretrained and Path(pretrained).is_file() else None
     tag = tag if file else pretrained or tag
@@ -402,6 +406,7 @@ def _open_clip_tower(model: str, pretrained: str | None, space: str, size: int |
         raise ValueError(
             f"model must be {', '.join(IMAGE_WEIGHTS)}, timm:NAME, a folder with open_clip_config.json"
             f" or a name of open_clip.list_models(), got {model!r}"
+            f"{did_you_mean(model, [*IMAGE_WEIGHTS, *open_clip.list_models()])}"
         )
     file = tag = None
     if folder:
@@ -696,7 +701,9 @@ def _missing(error: ImportError) -> ImportError:
 
 def _unknown_weights(tags: list[str], given: str) -> ValueError:
     known = f"one of {', '.join(tags)}, or " if tags else ""
-    return ValueError(f"pretrained must be {known}a checkpoint file, got {given!r}")
+    return ValueError(
+        f"pretrained must be {known}a checkpoint file, got {given!r}{did_you_mean(given, tags)}"
+    )
 
 
 def _no_download(what: str, error: Exception) -> ConnectionError:

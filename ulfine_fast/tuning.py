@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ulfine_fast.encoder import LiteBlock
+from ulfine_fast.options import one_of
 from ulfine_fast.towers import Tower, TransformerBlock
 
 TUNINGS = {
@@ -64,9 +65,7 @@ def tune(
     if tower.tuning is not None:
         raise ValueError(f"tower must not be tuned before, got one tuned by {tower.tuning}")
     if strategy not in tunings_of(tower):
-        raise ValueError(
-            f"tuning must be one of {', '.join(tunings_of(tower))} for {tower.name}, got {strategy!r}"
-        )
+        raise ValueError(f"tuning must be {one_of(tunings_of(tower), strategy, f' for {tower.name}')}")
     depth = len(tower.blocks)
     _check_counts(strategy, classes, width, blocks, depth)
     if strategy == "adaptformer" and not _is_transformer(tower):

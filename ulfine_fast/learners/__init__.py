@@ -14,6 +14,7 @@ from ulfine_fast.learners.freematch import FreeMatch, FreeMatchConfig
 from ulfine_fast.learners.learner import Config, Learner, Pseudo
 from ulfine_fast.learners.loft import Loft, LoftConfig
 from ulfine_fast.ops import _checks
+from ulfine_fast.options import one_of
 
 __all__ = ["LEARNERS", "Config", "DualConfig", "Learner", "Pseudo", "build_learner"]
 
@@ -53,7 +54,7 @@ def build_learner(
     """
     if isinstance(method, str):
         if method not in LEARNERS:
-            raise ValueError(f"build_learner: method must be one of {', '.join(LEARNERS)}, got {method!r}")
+            raise ValueError(f"build_learner: method must be {one_of(LEARNERS, method)}")
         method = LEARNERS[method]
     _checks.matrix("build_learner", "prototypes", prototypes)
     _checks.vector("build_learner", "labelled_counts", labelled_counts, len(prototypes), (torch.int64,))

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulfine_fast.learners.learner import Pseudo, confident, ranged
+from ulfine_fast.learners.learner import Pseudo, confident
 from ulfine_fast.learners.two_heads import TwoHeads, TwoHeadsConfig
 from ulfine_fast.losses import one_hot
+from ulfine_fast.options import option
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class AcrConfig(TwoHeadsConfig):
     """Choices of ACR."""
 
     summary: str = "pseudo-labels adjusted by the distance from the labelled prior (ACR, CVPR 2023)"
-    unlabelled_weight: float = ranged(1.0, 0)
-    largest_tau: float = ranged(2.0, 0)  # of the adjustment of the plain head's pseudo-labels
+    unlabelled_weight: float = option(1.0, "Weight of the unlabelled loss.", at_least=0)
+    largest_tau: float = option(2.0, "Largest tau of the plain head's pseudo-labels.", at_least=0)
 
 
 class Acr(TwoHeads):

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulfine_fast.learners.learner import Pseudo, confident, ranged
+from ulfine_fast.learners.learner import Pseudo, confident
 from ulfine_fast.learners.two_heads import TwoHeads, TwoHeadsConfig
+from ulfine_fast.options import option
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class CclConfig(TwoHeadsConfig):
     """Choices of CCL."""
 
     summary: str = "dual-head fusion with the prior of all images (arXiv 2410.06109)"
-    check_energy: bool = False  # whether the energy too must be sure
-    energy_threshold: float = -8.75  # energy up to which a pseudo-label is then kept
-    unlabelled_weight: float = ranged(1.5, 0)
+    check_energy: bool = option(False, "Whether the energy too must be sure.")
+    energy_threshold: float = option(-8.75, "Energy up to which a pseudo-label is then kept.")
+    unlabelled_weight: float = option(1.5, "Weight of the unlabelled loss.", at_least=0)
 
 
 class Ccl(TwoHeads):

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.learners.cosine import CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, confident, consistency, ranged
+from ulfine_fast.learners.learner import Config, Pseudo, confident, consistency, look_back
 from ulfine_fast.learners.running import RunningSum, class_sums
 from ulfine_fast.losses import one_hot
 from ulfine_fast.ops import proto_logits
+from ulfine_fast.options import option, share
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,19 @@ class DasoConfig(Config):
     """Choices of DASO."""
 
     summary: str = "blend of linear and semantic pseudo-labels (arXiv 2106.05682)"
-    threshold: float = ranged(0.95, 0, 1)  # confidence from which a pseudo-label is kept
-    unlabelled_weight: float = ranged(1.0, 0)
-    # of the alignment loss, times unlabelled_weight; above 0 the strong views of all images are encoded
-    alignment_weight: float = ranged(1.0, 0)
-    # T; .3 in the paper for unlabelled data of another imbalance
-    blend_temperature: float = ranged(1.5, 1e-3)
-    prototype_temperature: float = ranged(0.05, 1e-3)
-    warm_up: float = ranged(0.02, 0, 1)  # share of the run
-    window: float = ranged(0.1, 0, 1)  # share of the steps so far that the estimates look back on
+    threshold: float = share(0.95, "Confidence from which a pseudo-label is kept.")
+    unlabelled_weight: float = option(1.0, "Weight of the unlabelled loss.", at_least=0)
+    alignment_weight: float = option(
+        1.0,
+        "Weight of the alignment loss, times unlabelled_weight; above 0 the strong views of all images are encoded.",
+        at_least=0,
+    )
+    blend_temperature: float = option(
+        1.5, "T; 0.3 in the paper for unlabelled data of another imbalance.", at_least=1e-3
+    )
+    prototype_temperature: float = option(0.05, "Temperature of the semantic labels.", at_least=1e-3)
+    warm_up: float = share(0.02, "Share of the run without a blend.")
+    window: float = look_back()
 
 
 class Daso(CosineLearner):

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from ulfine_fast.config import METHODS, Method
 from ulfine_fast.head import DualHead
-from ulfine_fast.learners.learner import Learner, Pseudo
+from ulfine_fast.learners.learner import Config, Learner, Pseudo
 from ulfine_fast.losses import LOSSES, labelled_log_prior, one_hot
 from ulfine_fast.ops import PseudoLabels, proto_logits
+from ulfine_fast.options import option, redefined
 
 if TYPE_CHECKING:
     from ulfine_fast.state import PrototypeState
@@ -30,27 +31,21 @@ BRANCHES = {"fused": None, "linear": 1.0, "text": 0.0}
 class DualConfig(Method):
     """A `Method` with what only image training can choose.
 
-    Raises ValueError for a number outside its range, an unknown loss, or another loss than "logit_adjustment" where
-    the head is not a cosine probe alone.
+    Raises ValueError, too, for another loss than "logit_adjustment" where the head is not a cosine probe alone.
     """
 
-    # a name of `losses.LOSSES`; the default has tau = adjust_labelled, any other loss does not read adjust_labelled
-    labelled_loss: str = "logit_adjustment"
-    views: int = 1  # strong views of each unlabelled image, 1 or 2
+    labelled_loss: str = option(
+        "logit_adjustment", "A loss; the default alone reads adjust_labelled, its tau.", choices=tuple(LOSSES)
+    )
+    views: int = redefined(Config, "views", 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.labelled_loss not in LOSSES:
-            raise ValueError(
-                f"DualConfig: labelled_loss must be one of {', '.join(LOSSES)}, got {self.labelled_loss!r}"
-            )
         if self.labelled_loss != "logit_adjustment" and not (self.eta == 1 and self.normalize_linear):
             raise ValueError(
-                "DualConfig: labelled_loss must be logit_adjustment unless eta is 1 and normalize_linear is true, "
+                "labelled_loss must be logit_adjustment unless eta is 1 and normalize_linear is true, "
                 f"got {self.labelled_loss!r}"
             )
-        if self.views not in (1, 2):
-            raise ValueError(f"DualConfig: views must be 1 or 2, got {self.views}")
 
 
 DUAL: dict[str, DualConfig] = {name: DualConfig(**vars(method)) for name, method in METHODS.items()}

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ulfine_fast.learners.cosine import CosineHead, CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, confident, consistency, ranged
+from ulfine_fast.learners.learner import Config, Pseudo, confident, consistency, look_back
 from ulfine_fast.learners.running import RunningSum
 from ulfine_fast.losses import cross_entropy, logit_adjustment, one_hot
+from ulfine_fast.options import option, redefined, share
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class FineSslConfig(Config):
     """Choices of FineSSL."""
 
     summary: str = "balanced margins, weighed by an auxiliary head (arXiv 2405.11756)"
-    scale: float = ranged(1.0 / 0.07, 1e-3, 1e3)  # start of the learned inverse temperature
-    adjust_labelled: float = ranged(0.0, 0)
-    views: int = ranged(2, 1, 2)
-    margin: float = ranged(8.0, 0)  # largest margin, in logits
-    threshold: float = ranged(0.7, 0, 1)  # confidence from which a pseudo-label is accepted
-    label_smoothing: float = ranged(0.5, 0, 1)  # of the auxiliary head
-    unlabelled_weight: float = ranged(3.0, 0)  # of the main head
-    window: float = ranged(0.1, 0, 1)  # share of the steps so far that the class counts look back on
+    scale: float = option(1.0 / 0.07, "Start of the learned inverse temperature.", at_least=1e-3, at_most=1e3)
+    adjust_labelled: float = redefined(Config, "adjust_labelled", 0.0)
+    views: int = redefined(Config, "views", 2)
+    margin: float = option(8.0, "Largest margin, in logits.", at_least=0)
+    threshold: float = share(0.7, "Confidence from which a pseudo-label is accepted.")
+    label_smoothing: float = share(0.5, "Label smoothing of the auxiliary head.")
+    unlabelled_weight: float = option(3.0, "Weight of the unlabelled loss of the main head.", at_least=0)
+    window: float = look_back()
 
 
 class LearnedScaleHead(CosineHead):

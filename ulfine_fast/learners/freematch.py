@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.learners.cosine import CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, confident, ranged
+from ulfine_fast.learners.learner import Config, Pseudo, confident, look_back
 from ulfine_fast.learners.running import RunningSum
 from ulfine_fast.losses import one_hot
+from ulfine_fast.options import option
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class FreeMatchConfig(Config):
     """Choices of FreeMatch."""
 
     summary: str = "self-adaptive global and class thresholds (arXiv 2205.07246)"
-    unlabelled_weight: float = ranged(1.0, 0)
-    # w_f of the fairness term, .001 to .05 in the paper; off, for it pulls towards classes of equal frequency
-    fairness_weight: float = ranged(0.0, 0)
-    window: float = ranged(0.1, 0, 1)  # share of the steps so far that the estimates look back on
+    unlabelled_weight: float = option(1.0, "Weight of the unlabelled loss.", at_least=0)
+    # off, for it pulls towards classes of equal frequency
+    fairness_weight: float = option(0.0, "w_f of the fairness term, 0.001 to 0.05 in the paper.", at_least=0)
+    window: float = look_back()
 
 
 class FreeMatch(CosineLearner):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ulfine_fast.ops import _checks
+from ulfine_fast.options import Record, option, share
 
 
 class Pseudo(NamedTuple):
@@ -155,22 +155,16 @@ def consistency(
     return (pseudo.weight[rows] * each).sum() / (views * max(len(pseudo.label), 1))
 
 
-def ranged(default: float, low: float, high: float = 1e6) -> Any:
-    """A number of a config with its default, which must lie in [low, high]."""
-    return field(default=default, metadata={"range": (low, high)})
+def look_back() -> Any:
+    """The option of how far a `RunningSum` looks back."""
+    return share(0.1, "Share of the steps so far that the estimates look back on.")
 
 
 @dataclass(frozen=True)
-class Config:
-    """What every learner on text-initialised cosine heads can be told. Raises ValueError outside a range."""
+class Config(Record):
+    """What every learner on text-initialised cosine heads can be told."""
 
     summary: str
-    scale: float = ranged(25.0, 1e-3, 1e3)  # inverse temperature of the heads
-    adjust_labelled: float = ranged(1.0, 0)  # tau of the logit adjustment by the labelled prior
-    views: int = ranged(1, 1, 2)  # strong views of each unlabelled image
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            if "range" in entry.metadata:
-                value = getattr(self, entry.name)
-                _checks.between(type(self).__name__, entry.name, value, *entry.metadata["range"])
+    scale: float = option(25.0, "Inverse temperature of the heads.", at_least=1e-3, at_most=1e3)
+    adjust_labelled: float = option(1.0, "tau of the logit adjustment by the labelled prior.", at_least=0)
+    views: int = option(1, "Strong views of each unlabelled image.", choices=(1, 2))

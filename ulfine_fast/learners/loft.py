@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.learners.cosine import CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, confident, ranged
+from ulfine_fast.learners.learner import Config, Pseudo, confident
 from ulfine_fast.losses import one_hot
+from ulfine_fast.options import option, share
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,16 @@ class LoftConfig(Config):
     """Choices of LoFT."""
 
     summary: str = "hard, soft and no pseudo-labels by confidence (arXiv 2509.09926)"
-    hard_threshold: float = ranged(0.6, 0, 1)
-    soft_threshold: float = ranged(0.3, 0, 1)
-    hard_weight: float = ranged(3.0, 0)
-    soft_weight: float = ranged(1.0, 0)
+    hard_threshold: float = share(0.6, "Confidence from which a pseudo-label is hard.")
+    soft_threshold: float = share(0.3, "Confidence from which it is soft; below there is none.")
+    hard_weight: float = option(3.0, "Weight of the loss of hard pseudo-labels.", at_least=0)
+    soft_weight: float = option(1.0, "Weight of the loss of soft pseudo-labels.", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.soft_threshold > self.hard_threshold:
             raise ValueError(
-                f"LoftConfig: soft_threshold must be at most hard_threshold {self.hard_threshold:g}, "
+                f"soft_threshold must be at most hard_threshold {self.hard_threshold:g}, "
                 f"got {self.soft_threshold:g}"
             )
 

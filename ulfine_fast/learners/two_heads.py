@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ulfine_fast.learners.cosine import CosineHead, CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, consistency, ranged
+from ulfine_fast.learners.learner import Config, Pseudo, consistency, look_back
 from ulfine_fast.learners.running import RunningSum
 from ulfine_fast.losses import cross_entropy
+from ulfine_fast.options import option, redefined, share
 
 
 @dataclass(frozen=True)
 class TwoHeadsConfig(Config):
     """What ACR and CCL share, with the values of both."""
 
-    adjust_labelled: float = ranged(2.0, 0)  # tau of the balanced head's labelled loss
-    views: int = ranged(2, 1, 2)
-    threshold: float = ranged(0.95, 0, 1)  # confidence from which a pseudo-label is kept
-    window: float = ranged(0.1, 0, 1)  # share of the steps so far that the estimate looks back on
+    adjust_labelled: float = option(2.0, "tau of the balanced head's labelled loss.", at_least=0)
+    views: int = redefined(Config, "views", 2)
+    threshold: float = share(0.95, "Confidence from which a pseudo-label is kept.")
+    window: float = look_back()
 
 
 class TwoHeads(CosineLearner):
