@@ -57,8 +57,9 @@ class _Fault(Exception):  # noqa: N818 (of a file; what is raised in the end is 
 
 def _npz(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        # opened here: of a damaged file numpy would not close its own
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
     except (OSError, MemoryError):
         raise
     # a damaged file can make the reader raise anything
@@ -154,11 +155,13 @@ def _checked(tensors: Mapping[str, Tensor], names: tuple[str, ...] | None) -> Fe
         wrong = found[(found < low) | (found >= classes)]
         if len(wrong):
             raise _Fault(f"{name} in {low}..{classes - 1}", int(wrong[0]))
+    counts = torch.bincount(labels, minlength=classes)
     if prototypes is None:
-        try:
-            prototypes = class_means(labelled, labels, names)
-        except ValueError as error:
-            raise _Fault("prototypes, or labelled rows of every class", str(error)) from error
+        if not counts.all():
+            raise _Fault(
+                "prototypes, or labelled rows of every class", f"none of {names[int(counts.argmin())]!r}"
+            )
+        prototypes = class_means(labelled, labels, names)
     known = truth[~is_labelled]
     return FeatureData(
         labelled=labelled,
@@ -172,7 +175,7 @@ def _checked(tensors: Mapping[str, Tensor], names: tuple[str, ...] | None) -> Fe
         validation_labels=None,
         prototypes=prototypes,
         class_names=names,
-        labelled_counts=torch.bincount(labels, minlength=classes),
+        labelled_counts=counts,
         unlabelled_counts=None if (known == UNKNOWN).any() else torch.bincount(known, minlength=classes),
         unlabelled_is_labelled=is_labelled,
     )

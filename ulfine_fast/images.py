@@ -224,15 +224,19 @@ class ImageFiles:
                 return image
 
     def stamp(self, index: int) -> str:
-        """Size and time of change of the file, or why there is none. MachineError where that cannot be known."""
+        """Size and time of change of the file and whether it may be read, or why there is none.
+
+        MachineError where that cannot be known.
+        """
+        path = self._paths[index]
         try:
-            status = Path(self._paths[index]).stat()
+            status = Path(path).stat()
         except OSError as error:
             cause = _failure_of_the_machine(error)
             if cause is None:
                 return _reason(error)
             raise MachineError(f"{self.name(index)}: expected its size and time, got {cause}") from error
-        return f"{status.st_size} {status.st_mtime_ns}"
+        return f"{status.st_size} {status.st_mtime_ns} {os.access(path, os.R_OK)}"
 
 
 class ImageArray:
