@@ -460,3 +460,42 @@ def test_joined_and_chosen_images() -> None:
     assert len(chosen) == 2
     assert [chosen.name(i) for i in range(2)] == ["c[1]", "a[0]"]
     assert [chosen.read(i).getpixel((0, 0))[0] for i in range(2)] == [11, 0]
+
+
+def test_a_stamp_changes_when_the_image_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "image"
+    files = ImageFiles([path])
+    stamps = [files.stamp(0)]
+    path.write_bytes(b"12")
+    os.utime(path, ns=(0, 0))
+    stamps.append(files.stamp(0))
+    os.utime(path, ns=(1, 0))
+    assert files.stamp(0) == stamps[-1]
+    os.utime(path, ns=(0, 1))
+    stamps.append(files.stamp(0))
+    path.write_bytes(b"123")
+    os.utime(path, ns=(0, 1))
+    stamps.append(files.stamp(0))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    stamps.append(files.stamp(0))
+
+    pixels = np.zeros((2, 4, 6), dtype=np.uint8)
+    array, same = ImageArray(pixels, "a"), ImageArray(pixels.copy(), "b")
+    assert array.stamp(0) == array.stamp(1) == same.stamp(1)
+    stamps += [array.stamp(0), ImageArray(pixels, "a", invert=True).stamp(0)]
+    stamps.append(ImageArray(pixels.reshape(2, 6, 4), "a").stamp(0))
+    pixels[1, 2, 3] = 1
+    stamps.append(array.stamp(1))
+    assert len(set(stamps)) == len(stamps)
+    joined = JoinedImages([same, array])
+    assert [joined.stamp(row) for row in range(4)] == [stamps[5], stamps[5], stamps[5], stamps[8]]
+    assert ChosenImages(joined, np.array([3])).stamp(0) == stamps[8]
+
+
+def test_a_stamp_that_the_machine_cannot_give_is_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "stat", broken)
+    with pytest.raises(MachineError, match="image: expected its size and time, got Input/output error"):
+        ImageFiles(["image"]).stamp(0)

@@ -14,7 +14,14 @@ from tqdm import tqdm
 from ulfine_fast import augment
 from ulfine_fast.augment import PIPELINES, sufficient_side, view
 from ulfine_fast.images import ImageFiles, MachineError, UnreadableImage
-from ulfine_fast.loader import ViewLoader, Workers, ahead, default_workers, evaluation_batches
+from ulfine_fast.loader import (
+    ViewLoader,
+    Workers,
+    ahead,
+    default_workers,
+    evaluation_batches,
+    view_batches,
+)
 
 PIPELINE = PIPELINES["finessl"]
 LABELLED = np.array([4, 0, 2, 6])
@@ -480,6 +487,22 @@ def test_evaluation_reads_a_whole_source_in_order(workers, crops) -> None:
     for index in range(10):
         expected = views(Source().read(index)) if readable[index] else torch.zeros_like(images[index])
         assert torch.equal(images[index], expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_of_chosen_images_know_which_image_they_show(workers) -> None:
+    def views(image, index) -> torch.Tensor:
+        return torch.full((1, 3, SIZE, SIZE), index, dtype=torch.uint8)
+
+    batches = view_batches(
+        Source(unreadable={2}), views, [[7], [2, 9, 3], range(1)], shape=(1, 3, SIZE, SIZE), workers=workers
+    )
+    found = [(images[:, 0, 0, 0, 0].tolist(), errors) for images, errors in batches]
+    assert [shown for shown, _ in found] == [[7], [0, 9, 3], [0]]
+    unreadable = found[1][1]
+    assert [error is None for error in unreadable] == [False, True, True]
+    assert unreadable[0].name == "images/2.jpg"
+    assert found[0][1] == found[2][1] == [None]
 
 
 def test_evaluation_ends_with_a_short_batch_and_leaves_no_thread() -> None:

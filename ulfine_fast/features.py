@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from ulfine_fast.encoder import LiteClip, PairedEncoder
 from ulfine_fast.splits import ClassOrder, Protocol, Split, Unlabelled, make_split
 from ulfine_fast.views import CUTOUT_RATIO, View
 
+if TYPE_CHECKING:
+    from ulfine_fast.image_data import ImageData
+
 Encode = Literal["all", "split"]
 
 
@@ -25,14 +29,15 @@ Encode = Literal["all", "split"]
 class FeatureData:
     """Everything a head needs, on the CPU. K is the number of copies of a view, D the encoder's width.
 
-    Features are float32 unit rows, centred by one mean (see `load_features`). labelled [K, n_l, D]: weak
-    views of the labelled images; labels [n_l] int64. weak [K, n_u, D], strong [K', n_u, D]: views of the
-    unlabelled images, row for row the same images. unlabelled_truth [n_u] int64 and unlabelled_counts [C]
-    int64, the classes of the unlabelled images (copies of labelled ones not counted), are for reports only,
-    never for training. unlabelled_is_labelled [n_u] bool: copies of labelled images. test [n_t, D],
-    test_labels [n_t]: plain views. validation [n_v, D], validation_labels [n_v]: plain views, None where the
-    protocol holds nothing out. prototypes [C, D]: text prototypes, unit rows. labelled_counts [C] int64.
-    split: the indices behind it all.
+    Features are float32 unit rows. labelled [K, n_l, D]: weak views of the labelled images; labels [n_l] int64. weak
+    [K, n_u, D], strong [K', n_u, D]: views of the unlabelled images, row for row the same images.
+    unlabelled_truth [n_u] int64, -1 where unknown, and unlabelled_counts [C] int64, the classes of the unlabelled images
+    (copies of labelled ones not counted), None where a truth is unknown, are for reports only, never for training.
+    unlabelled_is_labelled [n_u] bool: copies of labelled images. test [n_t, D], or of V views [n_t, V, D],
+    test_labels [n_t]: plain views. validation, validation_labels [n_v]: the same, None where nothing is held
+    out. prototypes [C, D]: unit rows. labelled_counts [C] int64. centre [D]: what the encoder's rows were less of
+    before they got unit length, None where that is not known or nothing. split: the indices behind it all, images: the
+    image set behind it without what could not be read; each None where there is none.
     """
 
     labelled: Tensor
@@ -47,9 +52,11 @@ class FeatureData:
     prototypes: Tensor
     class_names: tuple[str, ...]
     labelled_counts: Tensor
-    unlabelled_counts: Tensor
+    unlabelled_counts: Tensor | None
     unlabelled_is_labelled: Tensor
-    split: Split
+    split: Split | None = None
+    centre: Tensor | None = None
+    images: ImageData | None = None
 
 
 def load_features(
@@ -159,10 +166,31 @@ def load_features(
         unlabelled_counts=torch.from_numpy(split.unlabelled_counts),
         unlabelled_is_labelled=torch.from_numpy(split.unlabelled_is_labelled),
         split=split,
+        centre=torch.from_numpy(mean.astype(np.float32)),
     )
 
 
 def centred(rows: np.ndarray, mean: np.ndarray) -> Tensor:
     """Unit rows float32 of features [..., D] less their mean [D]; a zero row stays zero."""
     rows = rows.astype(np.float32) - mean.astype(np.float32)
-    return F.normalize(torch.from_numpy(rows), dim=-1, eps=1e-12)
+    return unit_(torch.from_numpy(rows))
+
+
+def unit_(rows: Tensor) -> Tensor:
+    """Divide the rows of features [..., D] by their length, in place; a zero row stays zero."""
+    return rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))
+
+
+def class_means(labelled: Tensor, labels: Tensor, class_names: Sequence[str]) -> Tensor:
+    """Unit means [C, D] of the rows of each class, for prototypes where there is no text.
+
+    labelled: [K, n_l, D] unit rows; labels: [n_l]. ValueError for a class without any.
+    """
+    sums = torch.zeros(len(class_names), labelled.shape[-1]).index_add_(0, labels, labelled.sum(0))
+    empty = (torch.bincount(labels, minlength=len(class_names)) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            "first prototypes must be class means where there are none of a text: expected labelled images of every"
+            f" class, got none of {class_names[empty[0]]!r}"
+        )
+    return F.normalize(sums, dim=1)

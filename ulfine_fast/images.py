@@ -10,6 +10,7 @@ warnings raised inside Pillow are ignored in the whole process: what they say is
 from __future__ import annotations
 
 import errno
+import hashlib
 import heapq
 import os
 import re
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from itertools import accumulate
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -91,6 +93,9 @@ class ImageSource(Protocol):
         it at a reduced size; None: full size. The same arguments always give the same pixels. Raises
         UnreadableImage.
         """
+
+    def stamp(self, index: int) -> str:
+        """A text that changes when the image does, had without decoding it."""
 
 
 class ReadReport:
@@ -218,6 +223,21 @@ class ImageFiles:
                 self.report.add_converted(name, conversions)
                 return image
 
+    def stamp(self, index: int) -> str:
+        """Size and time of change of the file and whether it may be read, or why there is none.
+
+        MachineError where that cannot be known.
+        """
+        path = self._paths[index]
+        try:
+            status = Path(path).stat()
+        except OSError as error:
+            cause = _failure_of_the_machine(error)
+            if cause is None:
+                return _reason(error)
+            raise MachineError(f"{self.name(index)}: expected its size and time, got {cause}") from error
+        return f"{status.st_size} {status.st_mtime_ns} {os.access(path, os.R_OK)}"
+
 
 class ImageArray:
     """Images of one size in memory or in a memory-mapped file, an `ImageSource`.
@@ -243,6 +263,13 @@ class ImageArray:
         """The image in mode RGB and full size."""
         pixels = self._images[index]
         return Image.fromarray(255 - pixels if self._invert else pixels).convert("RGB")
+
+    def stamp(self, index: int) -> str:
+        """A hash of the pixels."""
+        pixels = self._images[index]
+        digest = hashlib.blake2b(f"{pixels.shape} {self._invert}".encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(pixels))
+        return digest.hexdigest()
 
 
 def check_pixels(who: str, images: np.ndarray) -> None:
@@ -286,6 +313,11 @@ class JoinedImages:
         source, row = self._at(index)
         return source.read(row, at_least)
 
+    def stamp(self, index: int) -> str:
+        """The stamp in the image's own source."""
+        source, row = self._at(index)
+        return source.stamp(row)
+
     def _at(self, index: int) -> tuple[ImageSource, int]:
         source = bisect_right(self._ends, index)
         return self._sources[source], index - (self._ends[source - 1] if source else 0)
@@ -308,6 +340,10 @@ class ChosenImages:
     def read(self, index: int, at_least: int | None = None) -> Image.Image:
         """The image in mode RGB, see `ImageSource.read`."""
         return self._source.read(int(self._rows[index]), at_least)
+
+    def stamp(self, index: int) -> str:
+        """The stamp in the whole source."""
+        return self._source.stamp(int(self._rows[index]))
 
 
 def _ignore_pillow_warnings() -> None:

@@ -13,9 +13,9 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import count
 from queue import Empty, PriorityQueue
@@ -192,7 +192,7 @@ class ViewLoader:
         if kind == "weak":
             self._held.hold(step, row, image)
         with _naming(self._source, row):
-            random = np.random.default_rng((self._seed, _ROLE[kind], step, slot))
+            random = draws(self._seed, kind, step, slot)
             view = draw_geometry(image, self._pipeline, kind, random, size=self._size, progress=progress)
             if kind == "strong" and not self._randaugment_on_device:
                 view = randaugment(view, random, cutout_side=self._pipeline.cutout_side(self._size))
@@ -270,28 +270,9 @@ def evaluation_batches(
         raise ValueError(
             f"evaluation_batches: batch_size and images must be >= 1, got {batch_size} and {len(source)}"
         )
-    device = torch.device(device)
     on_unreadable = on_unreadable or log_unreadable
     shape = views(Image.new("RGB", (1, 1))).shape
     unreadable = []
-
-    def write(pixels: np.ndarray, index: int) -> UnreadableImage | None:
-        try:
-            image = _read(source, index, at_least)
-            with _naming(source, index):
-                pixels[:] = views(image).numpy()
-        except UnreadableImage as error:
-            pixels[:] = 0
-            return error
-        return None
-
-    def submitted() -> Iterator[tuple[Tensor, list[Future]]]:
-        for start in range(0, len(source), batch_size):
-            indices = range(start, min(start + batch_size, len(source)))
-            batch = _host_batch((len(indices), *shape), device)
-            tasks = (partial(write, pixels, i) for pixels, i in zip(batch.numpy(), indices, strict=True))
-            yield batch, [pool.submit(task) for task in tasks]
-
     bar = tqdm(
         total=len(source),
         desc="encoding",
@@ -300,17 +281,72 @@ def evaluation_batches(
         file=sys.stderr,
         leave=False,
     )
-    with Workers(workers) as pool, bar:
-        for batch, futures in ahead(submitted(), depth):
-            errors = [future.result() for future in futures]
+    batches = view_batches(
+        source,
+        lambda image, _: views(image),
+        [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)],
+        shape=shape,
+        workers=workers,
+        device=device,
+        at_least=at_least,
+        depth=depth,
+    )
+    with closing(batches), bar:
+        for images, errors in batches:
             for error in filter(None, errors):
                 unreadable.append(error)
                 on_unreadable(error)
-            readable = np.array([error is None for error in errors])
-            yield EvaluationBatch(batch.to(device, non_blocking=True), readable)
+            yield EvaluationBatch(images, np.array([error is None for error in errors]))
             bar.update(len(errors))
     if len(unreadable) == len(source):
         raise _nothing_readable("evaluation_batches: images", unreadable)
+
+
+def view_batches(
+    source: ImageSource,
+    views: Callable[[Image.Image, int], Tensor],
+    batches: Iterable[Sequence[int]],
+    *,
+    shape: Sequence[int],
+    workers: int,
+    device: torch.device | str = "cpu",
+    at_least: int | None = None,
+    depth: int = 2,
+) -> Generator[tuple[Tensor, list[UnreadableImage | None]]]:
+    """Views of the images whose indices are in each of `batches`, in order.
+
+    views: from a picture and its index to uint8 [k, 3, S, S], which is `shape`. workers ... depth: as
+    `evaluation_batches`. Yields uint8 [n, k, 3, S, S] on the device, zero where an image cannot be read, and for each
+    image what says so, or None. Raises MachineError where the machine fails and not a file, RuntimeError with the
+    image's name for anything unexpected.
+    """
+    device = torch.device(device)
+
+    def write(pixels: np.ndarray, index: int) -> UnreadableImage | None:
+        try:
+            image = _read(source, index, at_least)
+            with _naming(source, index):
+                pixels[:] = views(image, index).numpy()
+        except UnreadableImage as error:
+            pixels[:] = 0
+            return error
+        return None
+
+    def submitted() -> Iterator[tuple[Tensor, list[Future]]]:
+        for indices in batches:
+            batch = _host_batch((len(indices), *shape), device)
+            tasks = (partial(write, pixels, i) for pixels, i in zip(batch.numpy(), indices, strict=True))
+            yield batch, [pool.submit(task) for task in tasks]
+
+    with Workers(workers) as pool:
+        for batch, futures in ahead(submitted(), depth):
+            errors = [future.result() for future in futures]
+            yield batch.to(device, non_blocking=True), errors
+
+
+def draws(seed: int, kind: Kind, step: int, slot: int) -> np.random.Generator:
+    """What the random view of a slot in a step draws from, a generator of its own for each."""
+    return np.random.default_rng((seed, _ROLE[kind], step, slot))
 
 
 def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
