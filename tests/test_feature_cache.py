@@ -182,6 +182,10 @@ def test_a_centred_tower_gets_the_mean_of_all_training_images_subtracted(tmp_pat
     torch.testing.assert_close(features.centre, mean, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(features.weak[1], F.normalize(copies[1][1] - mean), atol=5e-3, rtol=0)
     assert not tower.centre.any()
+    tower.centre += features.centre
+    for place in range(TESTED):
+        expected = tower(augment.test_views(data.test.read(place), PIPELINES["finessl"], SIZE))
+        torch.testing.assert_close(features.test[place], F.normalize(expected), atol=5e-3, rtol=0)
     # what is kept does not depend on the centre
     again = pixels()
     plain = build(tmp_path, again, data)

@@ -116,7 +116,7 @@ def encoded_features(
 
     Returns rows x -> unit(x - m) in the fields of `FeatureData`: `test` and `validation` have V views of an image,
     `centre` is m, the mean of the labelled and weak views of all training images, each image once, for a tower that is
-    `centred`, else None. An image that cannot be read in all its views is in no field, nor in `images`, and `data.report`
+    `centred` (which `Tower.centre` takes to encode further images); for others m is zero and `centre` None. An image that cannot be read in all its views is in no field, nor in `images`, and `data.report`
     names it, also where it was found by an earlier run; how images were converted is told when they are encoded.
 
     Raises ValueError for an argument outside its range, for a part without an image that can be read and for features
@@ -198,18 +198,20 @@ class _Part:
         shared = len(os.path.commonprefix(names))  # noqa: RUF071
         digest = hashlib.blake2b(digest_size=16)
         for place, (row, name) in enumerate(zip(rows.tolist(), names, strict=True)):
-            digest.update(f"{row} {name[shared:]}\0{self.images.stamp(place)}\0".encode())
+            text = f"{row} {name[shared:]}\0{self.images.stamp(place)}\0"
+            digest.update(text.encode("utf-8", "surrogateescape"))
         self.digest = digest.hexdigest()
 
 
 class _Views(NamedTuple):
     """What is seen of each image of a part."""
 
-    draw: Callable[
-        [Image.Image, int], Tensor
-    ]  # from a picture and its place in the part to uint8 [V, 3, S, S]
-    at_least: int  # short side of a picture that suffices for it
-    described: dict[str, Any]  # all that it depends on, as JSON
+    # from a picture and its place in the part to uint8 [V, 3, S, S]
+    draw: Callable[[Image.Image, int], Tensor]
+    # short side of a picture that suffices
+    at_least: int
+    # all that the views depend on besides the picture, as JSON
+    described: dict[str, Any]
 
 
 def _random_views(

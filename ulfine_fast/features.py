@@ -29,15 +29,15 @@ Encode = Literal["all", "split"]
 class FeatureData:
     """Everything a head needs, on the CPU. K is the number of copies of a view, D the encoder's width.
 
-    Features are float32 unit rows. labelled [K, n_l, D]: weak views of the labelled images; labels [n_l] int64. weak
-    [K, n_u, D], strong [K', n_u, D]: views of the unlabelled images, row for row the same images.
-    unlabelled_truth [n_u] int64, -1 where unknown, and unlabelled_counts [C] int64, the classes of the unlabelled images
-    (copies of labelled ones not counted), None where a truth is unknown, are for reports only, never for training.
-    unlabelled_is_labelled [n_u] bool: copies of labelled images. test [n_t, D], or of V views [n_t, V, D],
-    test_labels [n_t]: plain views. validation, validation_labels [n_v]: the same, None where nothing is held
-    out. prototypes [C, D]: unit rows. labelled_counts [C] int64. centre [D]: what the encoder's rows were less of
-    before they got unit length, None where that is not known or nothing. split: the indices behind it all, images: the
-    image set behind it without what could not be read; each None where there is none.
+    Features are float32 unit rows. labelled [K, n_l, D]: weak views of the labelled images; labels [n_l] int64.
+    weak [K, n_u, D], strong [K', n_u, D]: views of the unlabelled images, row for row the same images.
+    unlabelled_truth [n_u] int64, -1 where unknown, and unlabelled_counts [C] int64, the classes of the unlabelled
+    images (copies of labelled ones not counted; None where one is unknown), are for reports only, never for
+    training. unlabelled_is_labelled [n_u] bool: copies of labelled images. test [n_t, D] or, of V views of an image,
+    [n_t, V, D], test_labels [n_t]: plain views. validation, validation_labels [n_v]: the same, None where nothing is
+    held out. prototypes [C, D]: unit rows. labelled_counts [C] int64. centre [D]: the mean that was subtracted from
+    the encoder's features before they got unit length, None where none was. split: the indices behind it all. images:
+    the image set behind it, without what could not be read. Both None where there is none.
     """
 
     labelled: Tensor

@@ -312,7 +312,7 @@ def view_batches(
     device: torch.device | str = "cpu",
     at_least: int | None = None,
     depth: int = 2,
-) -> Generator[tuple[Tensor, list[UnreadableImage | None]]]:
+) -> Generator[tuple[Tensor, list[UnreadableImage | None]], None, None]:
     """Views of the images whose indices are in each of `batches`, in order.
 
     views: from a picture and its index to uint8 [k, 3, S, S], which is `shape`. workers ... depth: as
