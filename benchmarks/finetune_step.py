@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ulfine_fast.config import FineTuning
+from ulfine_fast.config import Training
 from ulfine_fast.distributed import World
 from ulfine_fast.engine import Engine, Student
 from ulfine_fast.learners import LEARNERS, build_learner
@@ -39,7 +39,7 @@ KEPT = (1.0, 0.7, 0.4)
 class FixedViews:
     """The same batch of random images in every step."""
 
-    def __init__(self, schedule: FineTuning, size: int) -> None:
+    def __init__(self, schedule: Training, size: int) -> None:
         random = torch.Generator().manual_seed(0)
 
         def images(count: int) -> Tensor:
@@ -80,7 +80,7 @@ class Rows:
         self.count += len(gradient)
 
 
-def built(schedule: FineTuning, kept: float) -> tuple[Student, FixedViews]:
+def built(schedule: Training, kept: float) -> tuple[Student, FixedViews]:
     """A student whose threshold keeps the share `kept` of the weak views of its first step."""
     torch.manual_seed(0)
     tower = load_tower("ulfine-benchmark")
@@ -136,7 +136,7 @@ def joint_step(student: Student, views: FixedViews, optimizer: torch.optim.Optim
 
 
 def contest(shape: tuple[int, int], kept: float, rounds: int) -> dict[str, object]:
-    schedule = FineTuning(labelled_batch=shape[0], unlabelled_batch=shape[1], steps=10**6, learning_rate=1e-9)
+    schedule = Training(labelled_batch=shape[0], unlabelled_batch=shape[1], steps=10**6, learning_rate=1e-9)
     times: dict[str, list[float]] = {"ours": [], "joint": []}
     students = {name: built(schedule, kept) for name in times}
     rows = {name: Rows(student.tower) for name, (student, _) in students.items()}

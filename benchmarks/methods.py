@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from ulfine_fast.config import PRESETS, Encoder, FineTuning, Images
-from ulfine_fast.image_experiment import load_images, run
+from ulfine_fast.build import load_images
+from ulfine_fast.config import PRESETS, Encoder, Images, Training
 from ulfine_fast.learners import LEARNERS
 from ulfine_fast.metrics import mean_and_std
 from ulfine_fast.report import percent
+from ulfine_fast.run import run
 
 RESULTS = Path(__file__).parent / "results" / "methods.csv"
 IMAGES = Images(
@@ -52,7 +53,7 @@ def add(row: dict[str, object]) -> None:
 
 def measure(method: str, seed: int) -> dict[str, object]:
     preset = PRESETS[method]
-    schedule = FineTuning(**{"steps": STEPS, **preset.tuning, **BATCH, "seed": seed})
+    schedule = Training(**{"steps": STEPS, **preset.training, **BATCH, "seed": seed})
     outcome = run(
         load_images(replace(IMAGES, seed=seed)),
         ENCODER,

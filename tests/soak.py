@@ -1,6 +1,6 @@
 """Endurance, which takes longer than a test may: `make soak`.
 
-`kills`: runs of `train` and `finetune` are killed at random points and go on with --resume until they end. Every chain
+`kills`: runs of `train`, on features and on images, are killed at random points and go on with --resume until they end. Every chain
 must end with the bits of a run that nobody killed, and with no file beside those of a run.
 `memory`: training on cached features for 100,000 steps must not grow.
 """
@@ -23,20 +23,23 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 from photos import photos
 from synthetic import cached_run, small_data
 from tiny_clip import tiny_clip
 
-from ulfine_fast import experiment, report
+from ulfine_fast import report
 from ulfine_fast.batches import Batch, FeatureViews
 from ulfine_fast.checkpoint import CHECKPOINT, digest_of, load_checkpoint
 from ulfine_fast.cli import app
-from ulfine_fast.config import METHODS, FineTuning
+from ulfine_fast.config import METHODS, Training
 
-TRAIN = ("train", "--steps", "150", "--log-every", "50", "--checkpoint-every", "10")
-FINETUNE = (
-    "finetune", "--labelled", "labelled", "--unlabelled", "unlabelled", "--test", "test", "--model", "clip", "--steps",
+ON_FEATURES = (
+    "train", "--features", "mine.npz", "--steps", "150", "--log-every", "50", "--checkpoint-every", "10",
+)  # fmt: skip
+ON_IMAGES = (
+    "train", "--labelled", "labelled", "--unlabelled", "unlabelled", "--test", "test", "--model", "clip", "--steps",
     "24", "--labelled-batch", "4", "--unlabelled-batch", "8", "--log-every", "10", "--checkpoint-every", "4",
     "--workers", "2", "--ema", "0.9",
 )  # fmt: skip
@@ -77,25 +80,26 @@ def outcome(folder: Path) -> tuple[str, str, list[str]]:
 
 
 def kills(count: int, seed: int) -> bool:
-    """Kill `count` times, in chains of both commands by turns; whether all chains ended as they had to."""
+    """Kill `count` times, in chains of both by turns; whether all chains ended as they had to."""
     draw, killed, at_work, wrong = random.Random(seed), 0, 0, 0
     chains, expected, seconds = 0, {}, {}
-    for words in (TRAIN, FINETUNE):
+    for words in (ON_FEATURES, ON_IMAGES):
+        folder = Path("runs") / f"whole{words[1]}"
         began = time.monotonic()
-        code = ending(start([*words, "--out", f"runs/whole-{words[0]}"]))
+        code = ending(start([*words, "--out", str(folder)]))
         if code:
-            sys.exit(f"soak: {words[0]} ended with {code}, see {Path.cwd() / 'log.txt'}")
-        seconds[words[0]] = time.monotonic() - began
-        expected[words[0]] = outcome(Path("runs") / f"whole-{words[0]}")
+            sys.exit(f"soak: {folder} ended with {code}, see {Path.cwd() / 'log.txt'}")
+        seconds[words] = time.monotonic() - began
+        expected[words] = outcome(folder)
     while killed < count:
-        words = (TRAIN, FINETUNE)[chains % 2]
+        words = (ON_FEATURES, ON_IMAGES)[chains % 2]
         folder = Path("runs") / f"chain-{chains}"
         code, left = 1, min(MOST, count - killed)
         while code:
             resumes = ["--resume"] if (folder / "config.json").exists() else []
             child = start([*words, "--out", str(folder), *resumes])
             if left:
-                time.sleep(draw.uniform(0.0, 0.5 * seconds[words[0]]))
+                time.sleep(draw.uniform(0.0, 0.5 * seconds[words]))
                 number = signal.SIGTERM if draw.randrange(TERMINATED) == 0 else signal.SIGKILL
                 os.kill(child, number)
             code = ending(child)
@@ -107,8 +111,8 @@ def kills(count: int, seed: int) -> bool:
                 wrong += 1
                 break
         else:
-            if outcome(folder) != expected[words[0]]:
-                print(f"{folder}: expected {expected[words[0]]}, got {outcome(folder)}", flush=True)
+            if outcome(folder) != expected[words]:
+                print(f"{folder}: expected {expected[words]}, got {outcome(folder)}", flush=True)
                 wrong += 1
             else:
                 shutil.rmtree(folder)
@@ -141,7 +145,7 @@ def memory(steps: int) -> bool:
                 found[step] = census()
             return super().batch(step, *slots)
 
-    schedule = FineTuning(steps=steps, labelled_batch=4, unlabelled_batch=8, log_every=steps)
+    schedule = Training(steps=steps, labelled_batch=4, unlabelled_batch=8, log_every=steps)
     cached_run(METHODS["ulfine"], schedule, small_data(), views=Watched.of(small_data(), schedule))
     first, last = found[FIRST_STEPS], found[steps - 1]
     grown, descriptors, threads = (b - a for a, b in zip(first, last, strict=True))
@@ -165,11 +169,13 @@ def main() -> None:
     if given.what != "memory":
         # they take most of the time of such a run, and are written as the other files are
         report.save_pictures = lambda *_, **__: []
-        experiment.load_data = lambda choice, **_: small_data(seed=choice.seed)
         here = Path.cwd()
         with tempfile.TemporaryDirectory() as folder:
             photos(Path(folder))
             tiny_clip(Path(folder) / "clip")
+            data = small_data()
+            names = ("labelled", "labels", "weak", "strong", "test", "test_labels", "prototypes")
+            np.savez(Path(folder) / "mine.npz", **{name: getattr(data, name).numpy() for name in names})
             os.chdir(folder)
             good = kills(given.n, given.seed)
             os.chdir(here)

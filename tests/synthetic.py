@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ulfine_fast.batches import FeatureViews
-from ulfine_fast.config import FineTuning, Method
+from ulfine_fast.config import Method, Training
 from ulfine_fast.engine import Student
 from ulfine_fast.features import FeatureData
 from ulfine_fast.history import TrainResult
-from ulfine_fast.learners import Config, DualConfig, Learner, build_learner
+from ulfine_fast.learners import Config, Learner, build_learner
 from ulfine_fast.loop import train
 from ulfine_fast.splits import make_split
 
@@ -70,7 +70,7 @@ def small_data(
 
 def cached_run(
     method: Method | Config,
-    schedule: FineTuning,
+    schedule: Training,
     data: FeatureData,
     *,
     views: FeatureViews | None = None,
@@ -78,8 +78,7 @@ def cached_run(
     **options,
 ) -> tuple[Learner, TrainResult]:
     """A run of `loop.train` on the features of `data`; `options` are those of it."""
-    config = DualConfig(**vars(method)) if isinstance(method, Method) else method
-    learner = build_learner(config, data.prototypes.to(device), data.labelled_counts, seed=schedule.seed)
+    learner = build_learner(method, data.prototypes.to(device), data.labelled_counts, seed=schedule.seed)
     views = views or FeatureViews.of(data, schedule, device)
     counts = data.labelled_counts.numpy()
     return learner, train(Student(nn.Identity(), learner), views, counts, schedule, progress=False, **options)
@@ -88,7 +87,7 @@ def cached_run(
 class VectorViews:
     """Features as if they were images, for a small tower: the requests of `engine.Views`."""
 
-    def __init__(self, data: FeatureData, schedule: FineTuning, device: str = "cpu") -> None:
+    def __init__(self, data: FeatureData, schedule: Training, device: str = "cpu") -> None:
         self.features = FeatureViews.of(data, schedule, device)
         self.unlabelled_truth = self.features.unlabelled_truth
         self.unlabelled_is_labelled = self.features.unlabelled_is_labelled

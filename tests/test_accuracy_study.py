@@ -9,7 +9,7 @@ import pytest
 import torch
 from synthetic import cached_run, small_data
 
-from ulfine_fast.config import METHODS, FineTuning
+from ulfine_fast.config import METHODS, Training
 from ulfine_fast.validation import choose_eta, settle_eta
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "accuracy"
@@ -31,7 +31,7 @@ def engine(monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_preset_gives_the_same_logits_as_in_the_trainer(engine, name):
     data = small_data()
-    schedule = FineTuning(steps=30, labelled_batch=16, unlabelled_batch=24, log_every=30, seed=3)
+    schedule = Training(steps=30, labelled_batch=16, unlabelled_batch=24, log_every=30, seed=3)
     method = settle_eta(data.labelled, data.labels, data.prototypes, METHODS[name], schedule)
     head = cached_run(method, schedule, data)[0].head
     got = engine.train(data, engine.recipe(name), schedule).logits
@@ -41,7 +41,7 @@ def test_a_preset_gives_the_same_logits_as_in_the_trainer(engine, name):
 
 
 def test_both_choose_eta_by_the_same_losses(engine):
-    data, schedule = small_data(), FineTuning(labelled_batch=16, seed=3)
+    data, schedule = small_data(), Training(labelled_batch=16, seed=3)
     expected = choose_eta(data.labelled, data.labels, data.prototypes, METHODS["ulfine_plus"], schedule)
     assert engine.held_out_losses(data, engine.recipe("ulfine_plus"), schedule) == pytest.approx(
         expected, rel=1e-4

@@ -15,15 +15,15 @@ from torch import nn
 from ulfine_fast import capture, engine, use_backend
 from ulfine_fast.batches import FeatureViews
 from ulfine_fast.capture import CapturedStep
-from ulfine_fast.config import FineTuning
+from ulfine_fast.config import Method, Training
 from ulfine_fast.distributed import World
 from ulfine_fast.engine import Engine, Student
-from ulfine_fast.learners import LEARNERS, DualConfig, build_learner
+from ulfine_fast.learners import LEARNERS, build_learner
 from ulfine_fast.optimizer import fused_optimizer
 
-SCHEDULE = FineTuning(steps=12, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=5)
+SCHEDULE = Training(steps=12, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=5)
 TRAINED = {
-    name: replace(config, eta_folds=0) if isinstance(config, DualConfig) else config
+    name: replace(config, eta_folds=0) if isinstance(config, Method) else config
     for name, config in LEARNERS.items()
     if name != "zero_shot"
 }

@@ -12,9 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from photos import photos
@@ -24,28 +25,31 @@ from tiny_clip import tiny_clip
 from typer.testing import CliRunner
 
 import ulfine_fast
-from ulfine_fast import _native, backend, demo, experiment
+from ulfine_fast import _native, backend, build, cli, report
+from ulfine_fast.batches import FeatureViews, ImageViews
+from ulfine_fast.cache import CACHE_VARIABLE
 from ulfine_fast.checkpoint import Terminated, load_checkpoint
 from ulfine_fast.cli import app
-from ulfine_fast.config import METHODS, Schedule
+from ulfine_fast.config import METHODS, Images
 from ulfine_fast.fastest import FASTEST
 from ulfine_fast.terminal import make_console
 from ulfine_fast.validation import ETAS
 
-QUICK = ["--steps", "30", "--log-every", "10"]
+QUICK = ["--features", "mine.npz", "--steps", "30", "--log-every", "10"]
 PICTURES = {"class_counts.png", "per_class_accuracy.png", "pseudo_labels.png", "class_distribution.png"}
 
 
 @pytest.fixture(autouse=True)
-def data(monkeypatch, tmp_path):
-    """Synthetic features whatever the data set, and a working folder of its own."""
+def _data(monkeypatch, tmp_path, tmp_path_factory):
+    """Synthetic features in a file, of the demonstration too, and a working folder and a cache of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def load(choice, *, progress=True):
-        return small_data(seed=choice.seed)
-
-    for module in (experiment, demo):
-        monkeypatch.setattr(module, "load_data", load)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+    features = tmp_path_factory.mktemp("features") / "mine.npz"
+    data = small_data()
+    names = ("labelled", "labels", "weak", "strong", "unlabelled_truth", "test", "test_labels", "prototypes")
+    np.savez(features, **{name: getattr(data, name).numpy() for name in names})
+    Path("mine.npz").symlink_to(features)
+    monkeypatch.setattr(cli, "DEMO_IMAGES", Images(features=str(features)))
 
 
 def call(*words, code=0):
@@ -108,21 +112,22 @@ def test_settings_change_the_preset(tmp_path):
         (["--set", "normalize_linear=1"], "expected true or false, got '1'"),
         (["--method", "mixmatch"], "expected one of zero_shot"),
         (["--learning-rate", "0"], "'--learning-rate': expected above 0, got 0.0"),
-        (["--dataset", "cifar"], "fashion-mnist, cifar10, cifar100, svhn, got 'cifar'"),
+        (["--dataset", "cifar"], "got 'cifar'; did you mean cifar10?"),
         (["--set", "eta=7"], "eta must be in [0, 1], got 7.0"),
-        (["--size", "100"], "size must be a positive multiple of 32, got 100"),
+        (["--size", "0"], "'--size': expected at least 1, got 0"),
+        (["--tuning", "full", "--parts", "0"], "'--parts': expected at least 1, got 0"),
         (["--backend", "tpu"], "'tpu' is not one of 'auto', 'reference', 'cpp'"),
         (["--resume", "--overwrite"], "expected --resume or --overwrite, got both"),
-        (["--unlabelled", "sideways"], "sideways"),
+        (["--distribution", "sideways"], "sideways"),
         (["--nonsense"], "No such option"),
     ],
 )
 def test_wrong_usage_is_2(words, message):
-    result = call("train", *words, code=2)
+    result = call("train", "--features", "mine.npz", *words, code=2)
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize(("option", "given"), [("--steps", "0"), ("--threads", "-1"), ("--steps", "many")])
+@pytest.mark.parametrize(("option", "given"), [("--steps", "-1"), ("--threads", "-1"), ("--steps", "many")])
 def test_a_value_out_of_range_is_named(option, given):
     text = " ".join(call("train", option, given, code=2).output.replace("│", " ").split())
     # The rest of the sentence is typer's.
@@ -134,11 +139,11 @@ def test_another_configuration_is_not_overwritten(tmp_path):
     call("train", *QUICK, "--out", "runs/a")
     before = (tmp_path / "runs/a/metrics.json").read_text()
     result = call("train", *QUICK, "--out", "runs/a", "--seed", "1", code=1)
-    assert "runs/a holds another run: data.seed: expected 0, got 1" in result.output
+    assert "runs/a holds another run: images.seed: expected 0, got 1" in result.output
     assert "--overwrite" in result.output
     assert (tmp_path / "runs/a/metrics.json").read_text() == before
     call("train", *QUICK, "--out", "runs/a", "--seed", "1", "--overwrite")
-    assert strict(tmp_path / "runs/a/config.json")["data"]["seed"] == 1
+    assert strict(tmp_path / "runs/a/config.json")["images"]["seed"] == 1
 
 
 def test_a_foreign_folder_is_not_written_to(tmp_path):
@@ -162,19 +167,19 @@ def test_a_damaged_configuration_can_be_overwritten(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_found_before_any_work(monkeypatch):
-    monkeypatch.setattr(experiment, "load_data", lambda choice: pytest.fail("too late"))
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    for command in ("train", "demo"):
-        result = call(command, "--out", "runs/a", code=1)
+    monkeypatch.setattr(build, "load_images", lambda choice: pytest.fail("too late"))
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    for words in (["train", *QUICK], ["demo"], ["compare", *QUICK]):
+        result = call(*words, "--out", "runs/a", code=1)
         assert "runs/a: expected a folder that can be written, got" in " ".join(result.output.split())
 
 
 def test_a_full_disk_says_which_file_and_how_to_go_on(tmp_path, monkeypatch):
-    def full(path, *arguments):
+    def full(path, *arguments, **options):
         raise OSError(f"{path}: expected to write it, got: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.report, "write_predictions", full)
+        patch.setattr(report, "write_predictions", full)
         result = call("train", *QUICK, "--out", "runs/a", code=1)
     assert "runs/a/predictions.csv: expected to write it, got: No space left" in result.output
     assert "--resume" in result.output.splitlines()[-1]
@@ -202,8 +207,6 @@ def test_train_runs_on_the_named_back_end_and_says_so(monkeypatch, name):
 
 
 def test_resume_continues_an_interrupted_run(tmp_path, monkeypatch):
-    from ulfine_fast.batches import FeatureViews
-
     call("train", *QUICK, "--out", "runs/whole")
     batch = FeatureViews.batch
 
@@ -217,7 +220,7 @@ def test_resume_continues_an_interrupted_run(tmp_path, monkeypatch):
         patch.setattr(FeatureViews, "batch", interrupt)
         patch.setattr(sys, "argv", ["ulfine-fast", *words])
         result = call(*words, code=130)
-    command = "ulfine-fast train --steps 30 --log-every 10 --out runs/cut --checkpoint-every 10 --resume"
+    command = "ulfine-fast train --features mine.npz --steps 30 --log-every 10 --out runs/cut --checkpoint-every 10 --resume"
     assert command in result.output
     call(*words, "--resume")
     whole, cut = (strict(tmp_path / f"runs/{name}/metrics.json") for name in ("whole", "cut"))
@@ -256,18 +259,18 @@ def test_evaluate_says_what_is_missing(tmp_path, missing):
         (run / "config.json").write_text("{")
         message = "config.json: damaged"
     else:
-        (run / "config.json").write_text('{"data": {}, "name": "x", "method": {}}')
-        message = "config.json: expected schedule, got none"
+        (run / "config.json").write_text('{"images": {}, "encoder": {}, "name": "x", "method": {}}')
+        message = "config.json: expected training, got none"
     result = call("evaluate", run, code=1)
     assert message in result.output
     assert len(result.output.strip().splitlines()) <= 2
 
 
 def test_failures_before_training_leave_no_folder(tmp_path, monkeypatch):
-    def fail(choice, *, progress=True):
+    def fail(choice):
         raise ValueError("class 2 needs 750 images, got 400\nmore\nand more")
 
-    monkeypatch.setattr(experiment, "load_data", fail)
+    monkeypatch.setattr(build, "load_images", fail)
     result = call("train", *QUICK, code=1)
     assert "error: class 2 needs 750 images, got 400" in result.output
     assert "and more" not in result.output
@@ -281,62 +284,86 @@ def test_methods_without_unlabelled_data_have_fewer_pictures(tmp_path):
     call("train", *QUICK, "--method", "lift")
     names = {path.name for path in (tmp_path / "runs/lift").iterdir()}
     assert names & PICTURES == {"class_counts.png", "per_class_accuracy.png"}
-    call("train", *QUICK, "--method", "zero_shot")
+    call("train", "--features", "mine.npz", "--method", "zero_shot")
     assert strict(tmp_path / "runs/zero_shot/metrics.json")["steps"] == 0
 
 
 def test_demo_compares_every_method(tmp_path):
-    result = call("demo", "--seeds", "2", "--steps", "20", "--out", "runs/demo")
+    result = call("demo", "--seeds", "2", "--steps", "20", "--out", "runs/demo", "--jobs", "1")
     folder = tmp_path / "runs/demo"
-    assert {path.name for path in folder.iterdir()} == PICTURES | {"metrics.json", "predictions.csv"}
+    runs = {f"{name}-{seed}" for name in METHODS for seed in range(2)}
+    assert {path.name for path in folder.iterdir()} == PICTURES | {"metrics.json"} | runs
     record = strict(folder / "metrics.json")
     assert list(record["methods"]) == list(METHODS)
     for summary in record["methods"].values():
         for name in ("overall", "many", "medium", "few", "seconds"):
             assert set(summary[name]) == {"mean", "std"}
-        runs = [run["metrics"]["fused"]["overall"] for run in summary["runs"]]
-        assert summary["overall"]["mean"] == pytest.approx(sum(runs) / 2)
+        found = [run["metrics"]["fused"]["overall"] for run in summary["runs"]]
+        assert summary["overall"]["mean"] == pytest.approx(sum(found) / 2)
         assert set(summary["by_count"]) == {"many", "medium", "few"}
-    assert record["configuration"]["schedule"]["steps"] == 20
+    training = record["methods"]["lift"]["runs"][1]["configuration"]["training"]
+    assert (training["steps"], training["seed"], training["tuning"]) == (20, 1, "none")
     assert record["versions"]["ulfine_fast"] == ulfine_fast.__version__
     assert "runs/demo" in result.output
     assert "±" in result.output
-    with (folder / "predictions.csv").open(newline="") as file:
-        assert len(next(csv.reader(file))) == 3 + 3 * len(METHODS)
+    assert {path.name for path in (folder / "lift-0").iterdir()} == {
+        "checkpoint.safetensors", "config.json", "metrics.json", "predictions.csv",
+    }  # fmt: skip
 
 
 def test_demo_of_chosen_methods_and_one_seed(tmp_path):
-    call("demo", "--seeds", "1", "--steps", "5", "--method", "lift", "--method", "zero_shot")
+    words = ["--seeds", "1", "--steps", "5", "--method", "lift", "--method", "zero_shot", "--jobs", "1"]
+    call("demo", *words)
     record = strict(tmp_path / "runs/demo/metrics.json")
     assert list(record["methods"]) == ["lift", "zero_shot"]
     assert record["methods"]["lift"]["overall"]["std"] is None
-    call("demo", "--method", "mixmatch", code=2)
+    # what is there is not trained again
+    checkpoint = tmp_path / "runs/demo/lift-0/checkpoint.safetensors"
+    before = checkpoint.stat().st_mtime_ns
+    assert "2 of 2 runs are there already" in call("demo", *words).output
+    assert checkpoint.stat().st_mtime_ns == before
+    assert "mixmatch" in call("demo", "--method", "mixmatch", code=2).output
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "config.json"])
-def test_demo_writes_into_no_other_folder(tmp_path, name):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / name).write_text("precious")
-    result = call("demo", "--out", "mine", code=1)
-    assert f"mine: expected an empty folder or that of a demo, got {name} in it" in result.output
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+def test_a_comparison_that_was_cut_goes_on(tmp_path, monkeypatch):
+    words = ["compare", *QUICK, "--method", "lift", "--method", "acr", "--seeds", "2", "--jobs", "1"]
+    call(*words, "--out", "runs/whole")
+    whole = strict(tmp_path / "runs/whole/metrics.json")["methods"]
+    batch, count = FeatureViews.batch, []
+
+    def interrupt(self, step, *slots):
+        count.append(step)
+        if len(count) == 75:
+            raise KeyboardInterrupt
+        return batch(self, step, *slots)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureViews, "batch", interrupt)
+        call(*words, "--out", "runs/cut", code=130)
+    assert "2 of 4 runs are there already" in call(*words, "--out", "runs/cut").output
+    cut = strict(tmp_path / "runs/cut/metrics.json")["methods"]
+    assert [run["digest"] for run in cut["acr"]["runs"]] == [run["digest"] for run in whole["acr"]["runs"]]
+    # in processes of their own: the same on one thread
+    call(*words[:-2], "--jobs", "2", "--out", "runs/two")
+    two = strict(tmp_path / "runs/two/metrics.json")["methods"]
+    assert [run["digest"] for run in two["lift"]["runs"]] == [run["digest"] for run in whole["lift"]["runs"]]
 
 
-def test_demo_replaces_its_own_reports():
-    for _ in range(2):
-        result = call("demo", "--seeds", "1", "--steps", "5", "--method", "lift")
-    assert "seeds 0" not in result.output
-    assert "2 pictures" in result.output
+def test_finished_runs_are_compared(tmp_path):
+    for name, words in {"a": ["--set", "mu=0.1"], "b": ["--set", "mu=0.3"], "c": ["--method", "acr"]}.items():
+        call("train", *QUICK, *words, "--out", f"runs/{name}")
+    result = call("compare", "runs/a", "runs/b", "runs/c", "--out", "runs/all")
+    # two of one method that differ have the names of their folders
+    assert list(strict(tmp_path / "runs/all/metrics.json")["methods"]) == ["a", "b", "acr"]
+    assert "Wrote metrics.json and 4 pictures to runs/all" in result.output
+    assert "got no metrics.json in it" in call("compare", "runs/nowhere", code=1).output
+    assert "got both: steps" in call("compare", "runs/a", "--steps", "3", code=2).output
 
 
-def test_demo_takes_its_seeds_from_the_configuration(tmp_path):
-    options = {"methods": {"lift": METHODS["lift"]}, "schedule": replace(Schedule(), steps=5)}
-    one, two = (
-        demo.run_demo(tmp_path / name, seeds=(3,), console=make_console(quiet=True), **options)
-        for name in ("a", "b")
-    )
-    runs = [record["methods"]["lift"]["runs"][0]["metrics"] for record in (one, two)]
-    assert runs[0] == runs[1]
+def test_finetune_is_train_and_says_so(tmp_path):
+    result = call("finetune", *QUICK, "--out", "runs/a")
+    assert "finetune is now called train" in result.output
+    assert strict(tmp_path / "runs/a/metrics.json")["steps"] == 30
 
 
 def test_info_json_names_every_back_end():
@@ -401,10 +428,12 @@ def test_info_works_without_a_place_for_the_cache(monkeypatch):
 
 
 def test_every_option_is_explained():
-    for command in ("demo", "train", "finetune", "evaluate", "export", "info"):
+    for command in ("demo", "train", "compare", "evaluate", "export", "info"):
         text = call(command, "--help").output
         assert "Example" in text
-    assert "[default: 0.01]" in " ".join(call("train", "--help").output.replace("│", " ").split())
+    assert "[default: (0.01, 0.001 for full_fine_tune" in " ".join(
+        call("train", "--help").output.replace("│", " ").split()
+    )
     assert call("--version").output.strip() == ulfine_fast.__version__
 
 
@@ -475,7 +504,7 @@ TINY = (
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Arguments of `finetune` for folders of photographs and a small CLIP; the working folder holds both."""
+    """Arguments of `train` for folders of photographs and a small CLIP; the working folder holds both."""
     photos(tmp_path)
     tiny_clip(tmp_path / "clip")
     return [
@@ -491,8 +520,8 @@ def pictures(tmp_path):
     ]
 
 
-def test_finetune_writes_everything_and_says_what_it_did(tmp_path, pictures):
-    result = call("finetune", *pictures, "--out", "runs/a")
+def test_training_of_images_writes_everything_and_says_what_it_did(tmp_path, pictures):
+    result = call("train", *pictures, "--out", "runs/a")
     run = tmp_path / "runs/a"
     assert {path.name for path in run.iterdir()} == PICTURES | {
         "checkpoint.safetensors",
@@ -557,7 +586,7 @@ def test_names_of_any_bytes_reach_the_last_report(tmp_path, pictures, recwarn):
             shutil.copy(tmp_path / "test/tree/0.png", folder / f"{name}.png")
     (tmp_path / "hostile/test/[red]/[red] broken.png").write_bytes(b"none")
     words = [*pictures, "--labelled", "hostile/labelled", "--test", "hostile/test", "--out", "runs/[old] run"]
-    result = call("finetune", *words)
+    result = call("train", *words)
     metrics = strict(tmp_path / "runs/[old] run/metrics.json")
     names = [row["name"] for row in metrics["classes"]]
     assert len(names) == len(HOSTILE) + 1
@@ -583,8 +612,8 @@ def test_names_of_any_bytes_reach_the_last_report(tmp_path, pictures, recwarn):
 
 def test_pictures_of_a_run_do_not_become_its_data(tmp_path, pictures):
     words = [*pictures, "--unlabelled", "."]
-    call("finetune", *words, "--out", "runs/a")
-    call("finetune", *words, "--seed", "1", "--out", "runs/b")
+    call("train", *words, "--out", "runs/a")
+    call("train", *words, "--seed", "1", "--out", "runs/b")
     one, two = (strict(tmp_path / f"runs/{name}/metrics.json") for name in "ab")
     assert any(note.endswith("folder of a run 1") for note in two["notes"])
     call("evaluate", "runs/a")
@@ -599,8 +628,8 @@ def test_a_console_of_another_encoding_shows_what_it_lacks(monkeypatch):
     assert stream.buffer.getvalue().decode("latin-1") == "\\u732b caf\u00e9 \\udcff\n"
 
 
-def test_finetune_says_which_eta_it_chose(tmp_path, pictures):
-    result = call("finetune", *pictures, "--method", "ulfine_plus", "--out", "runs/a")
+def test_training_of_images_says_which_eta_it_chose(tmp_path, pictures):
+    result = call("train", *pictures, "--method", "ulfine_plus", "--out", "runs/a")
     eta = strict(tmp_path / "runs/a/metrics.json")["eta"]
     assert f"eta {eta:g}, chosen on 3 folds of the labelled images" in result.output
 
@@ -608,16 +637,19 @@ def test_finetune_says_which_eta_it_chose(tmp_path, pictures):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "expected one of a data set, folders, a table, lists and ImageNet-127, got none"),
+        ([], "expected one of a data set, folders, a table, lists, ImageNet-127 and features, got none"),
         (["--dataset", "cifar10", "--labelled", "a", "--test", "b"], "got a data set and folders"),
         (["--labelled", "labelled"], "folders need labelled and test images, got no test folder"),
         (["--table", "t.csv", "--test", "test"], "test must be None with a table, got 'test'"),
         (["--labelled", "a", "--test", "b", "--root", "c"], "root must be None with folders, got 'c'"),
         (["--table", "t.csv", "--imbalance", "3"], "imbalance must be 100.0 with a table, got 3.0"),
         (["--train-list", "a.txt"], "lists need training and test images, got no test list"),
-        (["--test", "b"], "expected one of a data set, folders, a table, lists and ImageNet-127, got none"),
+        (
+            ["--test", "b"],
+            "expected one of a data set, folders, a table, lists, ImageNet-127 and features, got none",
+        ),
         (["--dataset", "imagenet"], "expected one of fashion-mnist-subset, "),
-        (["--dataset", "cifar10", "--tuning", "prompts"], "expected one of linear_probe, full, "),
+        (["--dataset", "cifar10", "--tuning", "prompts"], "expected one of none, linear_probe, full, "),
         (["--dataset", "cifar10", "--pipeline", "none"], "expected one of lift, lift_plus, "),
         (["--dataset", "cifar10", "--method", "mixmatch"], "expected one of zero_shot, "),
         (["--dataset", "cifar10", "--set", "nu=1"], "expected one of eta, "),
@@ -630,10 +662,10 @@ def test_finetune_says_which_eta_it_chose(tmp_path, pictures):
         ),
     ],
 )
-def test_wrong_usage_of_finetune_is_2(tmp_path, words, message):
-    result = call("finetune", *words, code=2)
+def test_wrong_usage_of_training_of_images_is_2(tmp_path, words, message):
+    result = call("train", *words, code=2)
     assert message in " ".join(result.output.replace("│", " ").split())
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.npz"]
 
 
 @pytest.mark.parametrize(
@@ -655,12 +687,12 @@ def test_wrong_usage_of_finetune_is_2(tmp_path, words, message):
         (["--method", "zero_shot"], "steps must be 0 for a method that is not trained, got 6"),
     ],
 )
-def test_what_cannot_be_finetuned_leaves_no_folder(tmp_path, pictures, words, message):
+def test_what_cannot_be_rund_leaves_no_folder(tmp_path, pictures, words, message):
     (tmp_path / "empty").mkdir()
     for name in ("a", "b"):
         (tmp_path / "broken" / name).mkdir(parents=True)
         (tmp_path / "broken" / name / "0.jpg").write_bytes(b"no picture")
-    result = call("finetune", *pictures, *words, "--out", "runs/a", code=1)
+    result = call("train", *pictures, *words, "--out", "runs/a", code=1)
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert errors[0] == result.output.splitlines()[-1]
@@ -674,29 +706,27 @@ def test_weights_that_cannot_be_downloaded_can_be_named(pictures, monkeypatch):
 
     monkeypatch.setattr("open_clip.download_pretrained", unreachable)
     words = ("--model", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k", "--out", "runs/a")
-    result = call("finetune", *pictures, *words, code=1)
+    result = call("train", *pictures, *words, code=1)
     last = result.output.splitlines()[-1]
     assert "expected to download ViT-B-32 laion2b_s34b_b79k, got: no route to host" in last
     assert last.endswith("without a network, name a checkpoint file as pretrained, or a folder as model")
 
 
-def test_a_failed_finetune_keeps_the_run_that_it_was_to_replace(tmp_path, pictures):
-    call("finetune", *pictures, "--out", "runs/a")
+def test_a_failed_training_of_images_keeps_the_run_that_it_was_to_replace(tmp_path, pictures):
+    call("train", *pictures, "--out", "runs/a")
     before = {path.name: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()}
-    result = call("finetune", *pictures, "--seed", "1", "--out", "runs/a", code=1)
+    result = call("train", *pictures, "--seed", "1", "--out", "runs/a", code=1)
     assert "runs/a holds another run: images.seed: expected 0, got 1" in result.output
-    call("finetune", *pictures, "--model", "ViT-Z", "--overwrite", "--out", "runs/a", code=1)
+    call("train", *pictures, "--model", "ViT-Z", "--overwrite", "--out", "runs/a", code=1)
     assert {path.name: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()} == before
-    call("finetune", *pictures, "--seed", "1", "--overwrite", "--out", "runs/a")
+    call("train", *pictures, "--seed", "1", "--overwrite", "--out", "runs/a")
     assert strict(tmp_path / "runs/a/config.json")["images"]["seed"] == 1
 
 
-def test_an_interrupted_finetune_says_how_to_go_on(tmp_path, pictures, monkeypatch):
-    from ulfine_fast.batches import ImageViews
-
-    call("finetune", *pictures, "--out", "runs/whole")
+def test_an_interrupted_training_of_images_says_how_to_go_on(tmp_path, pictures, monkeypatch):
+    call("train", *pictures, "--out", "runs/whole")
     weak = ImageViews.weak
-    words = ["finetune", *pictures, "--checkpoint-every", "2", "--out", "runs/cut"]
+    words = ["train", *pictures, "--checkpoint-every", "2", "--out", "runs/cut"]
 
     def interrupt_at(last):
         def interrupt(self, step, slots):
@@ -720,12 +750,12 @@ def test_an_interrupted_finetune_says_how_to_go_on(tmp_path, pictures, monkeypat
 
 
 def test_a_damaged_checkpoint_is_not_resumed(tmp_path, pictures):
-    call("finetune", *pictures, "--out", "runs/a")
+    call("train", *pictures, "--out", "runs/a")
     checkpoint = tmp_path / "runs/a/checkpoint.safetensors"
     content = bytearray(checkpoint.read_bytes())
     content[-1] ^= 1
     checkpoint.write_bytes(content)
-    for words in (["finetune", *pictures, "--out", "runs/a", "--resume"], ["evaluate", "runs/a"]):
+    for words in (["train", *pictures, "--out", "runs/a", "--resume"], ["evaluate", "runs/a"]):
         result = call(*words, code=1)
         assert "checkpoint.safetensors: damaged checkpoint" in result.output.splitlines()[-1]
 
@@ -733,7 +763,7 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path, pictures):
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, pictures, monkeypatch):
     from safetensors import torch as files
 
-    call("finetune", *pictures, "--out", "runs/whole")
+    call("train", *pictures, "--out", "runs/whole")
     save, saved = files.save, []
 
     def full(tensors, metadata):
@@ -742,7 +772,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, pictures, monkeypatch):
             raise OSError(28, "No space left on device")
         return save(tensors, metadata)
 
-    words = ["finetune", *pictures, "--checkpoint-every", "2", "--out", "runs/a"]
+    words = ["train", *pictures, "--checkpoint-every", "2", "--out", "runs/a"]
     with monkeypatch.context() as patch:
         patch.setattr(files, "save", full)
         result = call(*words, code=1)
@@ -777,8 +807,8 @@ main()
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, pictures):
-    call("finetune", *pictures, "--out", "runs/whole")
-    words = ["finetune", *pictures, "--threads", "1", "--checkpoint-every", "2", "--out", "runs/cut"]
+    call("train", *pictures, "--out", "runs/whole")
+    words = ["train", *pictures, "--threads", "1", "--checkpoint-every", "2", "--out", "runs/cut"]
     killed = subprocess.run(
         [sys.executable, "-P", "-c", KILLED, *words], capture_output=True, text=True, check=False
     )
@@ -790,18 +820,18 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, pictures):
     assert cut["metrics"] == whole["metrics"]
 
 
-def test_a_finetune_says_how_far_it_is_and_where_it_goes_on(tmp_path, pictures):
-    lines = call("finetune", *pictures, "--out", "runs/a").output.splitlines()
+def test_a_training_of_images_says_how_far_it_is_and_where_it_goes_on(tmp_path, pictures):
+    lines = call("train", *pictures, "--out", "runs/a").output.splitlines()
     said = [line for line in lines if re.match(r"step \d of 6, .*about \d+ s to go$", line)]
     assert [line.split()[1] for line in said] == ["2", "3", "4", "6"]
-    again = call("finetune", *pictures, "--steps", "8", "--log-every", "4", "--out", "runs/a", "--resume")
+    again = call("train", *pictures, "--steps", "8", "--log-every", "4", "--out", "runs/a", "--resume")
     assert "going on after step 6 of 8" in again.output.splitlines()
-    assert strict(tmp_path / "runs/a/config.json")["schedule"]["steps"] == 8
+    assert strict(tmp_path / "runs/a/config.json")["training"]["steps"] == 8
     call("evaluate", "runs/a")
 
 
 def test_moved_images_are_found(tmp_path, pictures, monkeypatch):
-    call("finetune", *pictures, "--out", "runs/a")
+    call("train", *pictures, "--out", "runs/a")
     expected = strict(tmp_path / "runs/a/metrics.json")["metrics"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -817,15 +847,15 @@ def test_moved_images_are_found(tmp_path, pictures, monkeypatch):
 
 
 def test_a_run_goes_on_with_moved_images(tmp_path, pictures, monkeypatch):
-    call("finetune", *pictures, "--out", "runs/a")
+    call("train", *pictures, "--out", "runs/a")
     (tmp_path / "elsewhere").mkdir()
     for name in ("labelled", "unlabelled", "test"):
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
     monkeypatch.chdir(tmp_path / "elsewhere")
     words = [*pictures, "--model", "../clip", "--out", "../runs/a", "--resume"]
-    assert "going on after step 6 of 6" in call("finetune", *words).output
+    assert "going on after step 6 of 6" in call("train", *words).output
     (tmp_path / "elsewhere/unlabelled/tree-0.png").unlink()
-    result = call("finetune", *words, code=1)
+    result = call("train", *words, code=1)
     assert re.search(
         r"checkpoint.safetensors belongs to another run: images.unlabelled: expected (\d+), got (?!\1)\d+",
         result.output,
@@ -833,10 +863,10 @@ def test_a_run_goes_on_with_moved_images(tmp_path, pictures, monkeypatch):
 
 
 def test_an_exported_head_of_a_tuned_encoder_says_so(pictures):
-    call("finetune", *pictures, "--out", "runs/a")
+    call("train", *pictures, "--out", "runs/a")
     said = " ".join(call("export", "runs/a", "head.safetensors").output.split())
     assert "the encoder was tuned, too (adaptformer), and is not in the file" in said
-    call("finetune", *pictures, "--tuning", "linear_probe", "--out", "runs/b")
+    call("train", *pictures, "--tuning", "linear_probe", "--out", "runs/b")
     assert "tuned" not in call("export", "runs/b", "other.safetensors").output
 
 
@@ -865,7 +895,7 @@ main()
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, pictures, name, code):
-    words = ["finetune", *pictures, "--out", "runs/cut"]
+    words = ["train", *pictures, "--out", "runs/cut"]
     command = [sys.executable, "-P", "-c", SIGNALLED, name, *words]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == code, ended.stderr
@@ -881,7 +911,7 @@ def test_a_signal_in_a_place_that_makes_an_error_of_it_is_a_signal(monkeypatch, 
         def __set_name__(self, owner, name):
             raise stop
 
-    monkeypatch.setattr(experiment, "load_data", lambda choice: type("Owner", (), {"name": Raises()}))
+    monkeypatch.setattr(build, "load_images", lambda choice: type("Owner", (), {"name": Raises()}))
     result = call("train", *QUICK, code=code)
     assert "nothing was half written, run the same command again" in result.output
 
@@ -900,9 +930,11 @@ main()
 """
 
 
-def test_two_processes_train_as_one(tmp_path, pictures):
-    call("finetune", *pictures, "--ema", "0.5", "--out", "runs/one")
-    words = ["finetune", *pictures, "--ema", "0.5", "--threads", "1", "--out", "runs/two"]
+@pytest.mark.parametrize("tuning", ["adaptformer", "none"])
+def test_two_processes_train_as_one(tmp_path, pictures, tuning):
+    pictures = [*pictures, "--tuning", tuning, "--ema", "0.5"]
+    call("train", *pictures, "--out", "runs/one")
+    words = ["train", *pictures, "--threads", "1", "--out", "runs/two"]
     ended = run_together(TOGETHER, 2, *words, folder=tmp_path)
     assert [process.code for process in ended] == [0, 0], ended
     # the first process alone prints and writes

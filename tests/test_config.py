@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError
 
 import pytest
 
-from ulfine_fast.config import METHODS, Data, Method, Schedule, method
-from ulfine_fast.features import load_features
-from ulfine_fast.head import DualHead
+from ulfine_fast.config import (
+    CACHED,
+    LABELLED_LOSSES,
+    METHODS,
+    PRESETS,
+    Images,
+    Method,
+    Training,
+    training_of,
+)
+from ulfine_fast.losses import LOSSES
 
 
 def test_presets_are_named_and_described():
@@ -26,15 +33,6 @@ def test_presets_are_named_and_described():
     ]
     assert all(preset.summary for preset in METHODS.values())
     assert len({preset.summary for preset in METHODS.values()}) == len(METHODS)
-    assert method("ulfine") is METHODS["ulfine"]
-
-
-def test_an_unknown_method_lists_the_known_ones():
-    with pytest.raises(
-        ValueError,
-        match="method must be one of zero_shot, .*, ulfine_plus, got 'mixmatch'; did you mean fixmatch?",
-    ):
-        method("mixmatch")
 
 
 def test_only_methods_with_unlabelled_data_use_it():
@@ -83,9 +81,9 @@ def test_method_says_what_it_expected(change, message):
         ({"learning_rate": math.nan}, "learning_rate must be finite, got nan"),
     ],
 )
-def test_schedule_says_what_it_expected(change, message):
+def test_training_says_what_it_expected(change, message):
     with pytest.raises(ValueError, match=message):
-        Schedule(**change)
+        Training(**change)
 
 
 @pytest.mark.parametrize(
@@ -94,24 +92,32 @@ def test_schedule_says_what_it_expected(change, message):
         ({"imbalance": 0.5}, "imbalance must be at least 1, got 0.5"),
         ({"imbalance": math.inf}, "imbalance must be finite, got inf"),
         ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
-        ({"size": 100}, "size must be a positive multiple of 32, got 100"),
-        ({"weak_copies": 0}, "weak_copies must be at least 1, got 0"),
+        ({"labelled": "photos"}, "got a data set and folders"),
+        ({"root": "photos"}, "root must be None with a data set, got 'photos'"),
     ],
 )
-def test_data_says_what_it_expected(change, message):
+def test_images_say_what_it_expected(change, message):
     with pytest.raises(ValueError, match=message):
-        Data(**change)
+        Images(**{"dataset": "cifar10", **change})
 
 
 def test_records_are_frozen():
-    for record, name in ((METHODS["ulfine"], "mu"), (Schedule(), "steps"), (Data(), "seed")):
+    for record, name in (
+        (METHODS["ulfine"], "mu"),
+        (Training(), "steps"),
+        (Images(features="mine.npz"), "seed"),
+    ):
         with pytest.raises(FrozenInstanceError):
             setattr(record, name, 1)
 
 
-def test_fields_are_those_of_what_they_configure():
-    options = inspect.signature(load_features).parameters
-    assert {field.name for field in fields(Data)} - {"dataset"} <= set(options)
-    head = inspect.signature(DualHead).parameters
-    shared = {"eta", "linear_scale", "proto_scale", "normalize_linear", "loss_on"}
-    assert shared <= {field.name for field in fields(Method)} & set(head)
+def test_labelled_losses_are_those_that_there_are():
+    assert tuple(LOSSES) == LABELLED_LOSSES
+
+
+def test_what_is_given_goes_before_the_preset_and_a_frozen_encoder_has_one_setting():
+    assert training_of("lift_plus", {}) == Training(**PRESETS["lift_plus"].training)
+    assert training_of("lift_plus", {"learning_rate": 0.5}).learning_rate == 0.5
+    assert training_of("lift_plus", {"tuning": "none"}) == Training(**CACHED)
+    assert training_of("lift_plus", {"tuning": "none", "steps": 7}).steps == 7
+    assert training_of("zero_shot", {"tuning": "none"}).steps == 0

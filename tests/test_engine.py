@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ulfine_fast.checkpoint import CheckpointError, Terminated, digest_of, load_checkpoint
-from ulfine_fast.config import METHODS, FineTuning
+from ulfine_fast.config import METHODS, Training
 from ulfine_fast.distributed import World
 from ulfine_fast.engine import Engine, StepReport, Student, load_tuned_tensors, tuned_tensors
 from ulfine_fast.history import Window
@@ -30,7 +30,7 @@ from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.optimizer import learning_rate
 
 DATA = small_data(protocol="acr")
-SHORT = FineTuning(steps=8, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=3)
+SHORT = Training(steps=8, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=3)
 
 
 class SmallTower(nn.Module):
@@ -98,7 +98,7 @@ def student_of(
     return Student(tower(), learner, precision)
 
 
-def run(student: Student, schedule: FineTuning = SHORT, **options):
+def run(student: Student, schedule: Training = SHORT, **options):
     views = options.pop("views", None) or VectorViews(DATA, schedule)
     return train(student, views, DATA.labelled_counts, schedule, progress=False, **options)
 
@@ -238,7 +238,7 @@ class Cut(Exception):
 class CutViews(VectorViews):
     """Views of a process that ends at `step`."""
 
-    def __init__(self, schedule: FineTuning, step: int) -> None:
+    def __init__(self, schedule: Training, step: int) -> None:
         super().__init__(DATA, schedule)
         self.step = step
 
@@ -508,7 +508,7 @@ class OneProcessIsPoisoned(VectorViews):
 
 class Case(NamedTuple):
     method: str = "ulfine"
-    schedule: FineTuning = SHORT
+    schedule: Training = SHORT
     views: type = VectorViews
     tower: Callable[[], nn.Module] = SmallTower
 
@@ -748,7 +748,7 @@ def test_copies_of_labelled_images_do_not_count_in_the_quality_of_pseudo_labels(
 class SignalledViews(VectorViews):
     """Views of a process that gets a signal when those of `step` are asked for, while the step before runs."""
 
-    def __init__(self, schedule: FineTuning, step: int | None, number: int = signal.SIGTERM) -> None:
+    def __init__(self, schedule: Training, step: int | None, number: int = signal.SIGTERM) -> None:
         super().__init__(DATA, schedule)
         self.step, self.number = step, number
 

@@ -13,13 +13,12 @@ import torch
 from synthetic import small_data
 from torch.nn import functional as F
 
-from ulfine_fast.config import METHODS
+from ulfine_fast.config import METHODS, Method, Training
 from ulfine_fast.features import FeatureData
 from ulfine_fast.learners import LEARNERS, Learner, Pseudo, build_learner
 from ulfine_fast.learners.acr import AcrConfig, reversed_ranks
 from ulfine_fast.learners.ccl import CclConfig
 from ulfine_fast.learners.daso import DasoConfig
-from ulfine_fast.learners.dual import DUAL, DualConfig
 from ulfine_fast.learners.finessl import FineSslConfig
 from ulfine_fast.learners.freematch import FreeMatchConfig
 from ulfine_fast.learners.learner import confident, consistency
@@ -260,7 +259,7 @@ def test_copies_of_labelled_images_are_not_counted(name):
     other = copy.deepcopy(learner)
     copies = torch.arange(len(weak)) % 2 == 1
     learner.advance(labelled, targets, weak, pseudo, FINITE, copies=copies)
-    if isinstance(learner.config, DualConfig):
+    if isinstance(learner.config, Method):
         # what was kept is trained on and so counts in `kept_distribution`, copy or not
         without = pseudo._replace(label=torch.where(copies, -1, pseudo.label))
         other.advance(labelled, targets, weak, without, FINITE)
@@ -364,8 +363,8 @@ def test_what_cannot_be_built_says_why():
         build_learner("akr", prototypes, counts, seed=0)
     with pytest.raises(ValueError, match="eta_folds must be 0"):
         build_learner("ulfine_plus", prototypes, counts, seed=0)
-    with pytest.raises(TypeError, match="method must be a name or a learner's config, got Method"):
-        build_learner(METHODS["lift"], prototypes, counts, seed=0)
+    with pytest.raises(TypeError, match="method must be a name or a learner's config, got Training"):
+        build_learner(Training(), prototypes, counts, seed=0)
     with pytest.raises(ValueError, match=r"labelled_counts must be \[3\], got \[2\]"):
         build_learner("acr", prototypes, counts[:2], seed=0)
     for wrong in (torch.zeros(3, dtype=torch.int64), torch.tensor([3, -1, 2])):
@@ -395,11 +394,11 @@ def test_choices_that_exclude_each_other_are_named():
     with pytest.raises(ValueError, match=r"soft_threshold must be at most hard_threshold 0.6, got 0.7"):
         LoftConfig(soft_threshold=0.7)
     with pytest.raises(ValueError, match="labelled_loss must be one of cross_entropy.*got 'hinge'"):
-        replace(DUAL["lift"], labelled_loss="hinge")
+        replace(METHODS["lift"], labelled_loss="hinge")
     with pytest.raises(ValueError, match="labelled_loss must be logit_adjustment unless eta is 1"):
-        replace(DUAL["ulfine"], labelled_loss="ldam")
+        replace(METHODS["ulfine"], labelled_loss="ldam")
     with pytest.raises(ValueError, match="views must be 1 or 2, got 3"):
-        replace(DUAL["ulfine"], views=3)
+        replace(METHODS["ulfine"], views=3)
 
 
 # Parts
@@ -447,7 +446,7 @@ def test_consistency_by_hand():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_labelled_loss_of_a_cosine_probe_can_be_chosen(loss):
-    config = replace(DUAL["lift"], labelled_loss=loss, linear_scale=20.0)
+    config = replace(METHODS["lift"], labelled_loss=loss, linear_scale=20.0)
     learner, data = built(config)
     labelled, targets, weak, _ = draw(data, 0, 1)
     pseudo = learner.pseudo(weak[:0], 0.0)

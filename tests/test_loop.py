@@ -25,25 +25,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ulfine_fast import loop, use_backend
 from ulfine_fast.batches import FeatureViews, Stream
 from ulfine_fast.checkpoint import CheckpointError, Terminated, load_checkpoint
-from ulfine_fast.config import METHODS, FineTuning
+from ulfine_fast.config import METHODS, Method, Training
 from ulfine_fast.distributed import World
 from ulfine_fast.engine import Engine, Student
 from ulfine_fast.evaluation import metrics, predict
-from ulfine_fast.learners import LEARNERS, DualConfig, Learner, build_learner
+from ulfine_fast.learners import LEARNERS, Learner, build_learner
 from ulfine_fast.loop import CHECKPOINT
 from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.ops.dual_cross_entropy import dual_cross_entropy_reference
 from ulfine_fast.ops.orthogonality import orthogonality_reference
 from ulfine_fast.optimizer import learning_rate
 
-SCHEDULE = FineTuning(steps=40, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=10)
+SCHEDULE = Training(steps=40, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=10)
 ULFINE = METHODS["ulfine"]
 RESUMED = [
     (name, optimizer) for name in ("ulfine", "ulfine_plus", "fixmatch") for optimizer in ("sgd", "adamw")
 ]
 # eta is settled before a head is built
 TRAINED = {
-    name: replace(config, eta_folds=0) if isinstance(config, DualConfig) else config
+    name: replace(config, eta_folds=0) if isinstance(config, Method) else config
     for name, config in LEARNERS.items()
     if name != "zero_shot"
 }
@@ -71,8 +71,7 @@ class OneBatch(FeatureViews):
 
 def engine_of(method=ULFINE, data=None, schedule=SCHEDULE, views=OneBatch, device="cpu"):
     data = small_data() if data is None else data
-    config = DualConfig(**vars(method)) if type(method) is type(ULFINE) else method
-    learner = build_learner(config, data.prototypes.to(device), data.labelled_counts, seed=0)
+    learner = build_learner(method, data.prototypes.to(device), data.labelled_counts, seed=0)
     return Engine(Student(nn.Identity(), learner), views.of(data, schedule, device), schedule, World())
 
 
@@ -395,7 +394,7 @@ def test_stream_batch_may_be_larger_than_the_set():
 
 
 def test_learning_rate_is_a_cosine():
-    schedule = FineTuning(steps=100, learning_rate=0.2)
+    schedule = Training(steps=100, learning_rate=0.2)
     assert learning_rate(schedule, 0) == 0.2
     assert learning_rate(schedule, 50) == pytest.approx(0.1)
     assert learning_rate(schedule, 100) == pytest.approx(0.0)
@@ -699,7 +698,7 @@ def test_one_class_with_all_pseudo_labels_is_warned_of_once(caplog):
     data = small_data()
     one_image = data.weak[:1, :1].expand_as(data.weak)
     data = replace(data, weak=one_image, strong=one_image[: data.strong.shape[0]])
-    learner, _ = small_run(schedule=FineTuning(steps=8, log_every=2, learning_rate=1e-6), data=data)
+    learner, _ = small_run(schedule=Training(steps=8, log_every=2, learning_rate=1e-6), data=data)
     warnings = [r.getMessage() for r in caplog.records if "pseudo-labels" in r.getMessage()]
     assert len(warnings) == 1
     label = int(learner.distribution().argmax())

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from ulfine_fast import augment, datasets, tuning
 from ulfine_fast.cli import app
 from ulfine_fast.command_options import changed, record, with_options
-from ulfine_fast.config import METHODS, PRESETS, Data, Encoder, FineTuning, Images, Method, Schedule
+from ulfine_fast.config import METHODS, PRESETS, Encoder, Images, Training
 from ulfine_fast.datasets import load_dataset
 from ulfine_fast.learners import LEARNERS
 from ulfine_fast.options import Record, did_you_mean, one_of, option, options_of, redefined, share
 from ulfine_fast.towers import load_tower
 
-RECORDS = (Data, Schedule, Method, Images, Encoder, FineTuning, *dict.fromkeys(map(type, LEARNERS.values())))
+RECORDS = (Images, Encoder, Training, *dict.fromkeys(map(type, LEARNERS.values())))
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,15 @@ def test_every_field_says_what_it_is(kind):
 
 def test_presets_change_options_and_nothing_else():
     for preset in PRESETS.values():
-        assert record(FineTuning, preset.tuning)
-        assert set(preset.tuning) <= set(options_of(FineTuning))
+        assert record(Training, preset.training)
+        assert set(preset.training) <= set(options_of(Training))
         assert preset.learner in LEARNERS
 
 
 def test_the_names_that_a_record_takes_are_those_that_there_are():
-    assert list(options_of(Data)["dataset"].choices) == list(datasets.DATASETS)
     assert list(options_of(Images)["dataset"].choices) == list(datasets.IMAGE_DATASETS)
-    assert list(options_of(FineTuning)["tuning"].choices) == list(tuning.TUNINGS)
-    assert list(options_of(FineTuning)["pipeline"].choices) == list(augment.PIPELINES)
+    assert list(options_of(Training)["tuning"].choices) == list(tuning.TUNINGS)
+    assert list(options_of(Training)["pipeline"].choices) == list(augment.PIPELINES)
 
 
 @pytest.mark.parametrize(
@@ -234,19 +233,18 @@ def test_help_has_ranges_choices_and_defaults():
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize(
-    ("command", "records"), [("train", (Data, Schedule)), ("finetune", (Images, Encoder, FineTuning))]
-)
-def test_help_names_every_field_and_ten_of_them_first(command, records, width):
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_names_every_field_and_ten_of_them_first(command, width):
     said = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": str(width)}).output
-    for kind in records:
+    for kind in (Images, Encoder, Training):
         for name, each in options_of(kind).items():
             for spelling in each.spellings or (f"--{name.replace('_', '-')}",):
                 assert re.search(rf"[ ,]{spelling}\b", said), spelling
     panels = re.split(r"╭─ (\w+) ─+╮", said)
-    titles = ["Options", "Data", *(["Encoder"] if Encoder in records else []), "Training", "Run"]
-    assert panels[1::2] == titles
-    assert len(re.findall(r"^│ --(?!help)", panels[2], re.MULTILINE)) == 10
+    arguments = ["Arguments"] if command == "compare" else []
+    assert panels[1::2] == [*arguments, "Options", "Data", "Encoder", "Training", "Run"]
+    first = panels[panels.index("Options") + 1]
+    assert len(re.findall(r"^│ --(?!help)", first, re.MULTILINE)) == 10
 
 
 # --set

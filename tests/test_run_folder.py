@@ -15,10 +15,11 @@ from ulfine_fast.checkpoint import replacing, save_checkpoint
 from ulfine_fast.run_folder import LOCK, claim, hold, located, read_configuration, reserve
 
 RUN = {
-    "data": {"seed": 0},
+    "images": {"seed": 0},
+    "encoder": {},
     "name": "ulfine",
     "method": {"eta": 0.5},
-    "schedule": {"steps": 40, "log_every": 10, "seed": 0},
+    "training": {"steps": 40, "log_every": 10, "seed": 0},
 }
 HOLDS = """
 import sys
@@ -43,7 +44,7 @@ def holder(tmp_path):
 
 
 def with_schedule(**changes):
-    return RUN | {"schedule": RUN["schedule"] | changes}
+    return RUN | {"training": RUN["training"] | changes}
 
 
 def make(folder: Path, configuration=RUN) -> None:
@@ -127,13 +128,13 @@ def umask() -> int:
 def test_a_run_that_goes_on_may_be_longer_and_report_at_other_steps(tmp_path):
     make(tmp_path)
     longer = with_schedule(steps=60, log_every=5)
-    with pytest.raises(FileExistsError, match=r"holds another run: schedule\.steps: expected 40, got 60"):
+    with pytest.raises(FileExistsError, match=r"holds another run: training\.steps: expected 40, got 60"):
         make(tmp_path, longer)
     with reserve(tmp_path, longer, resume=True, overwrite=False), claim(tmp_path, longer, resume=True):
         pass
     assert read_configuration(tmp_path) == longer
     with (
-        pytest.raises(FileExistsError, match=r"schedule\.seed: expected 0, got 1"),
+        pytest.raises(FileExistsError, match=r"training\.seed: expected 0, got 1"),
         reserve(tmp_path, with_schedule(seed=1), resume=True, overwrite=False),
     ):
         pass
@@ -157,8 +158,7 @@ def test_a_run_has_the_configuration_of_its_checkpoint_also_where_a_resume_fails
 def image_run(folder: Path, test: str) -> dict:
     images = {"labelled": "labelled", "test": test, "table": None, "seed": 0}
     encoder = {"model": "clip", "pretrained": None, "size": 32}
-    run = RUN | {"images": images, "encoder": encoder, "began_in": str(folder)}
-    return {name: value for name, value in run.items() if name != "data"}
+    return RUN | {"images": images, "encoder": encoder, "began_in": str(folder)}
 
 
 def test_images_and_weights_of_a_run_that_goes_on_may_have_been_moved(tmp_path):

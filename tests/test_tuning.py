@@ -19,7 +19,8 @@ from ulfine_fast.tuning import (
 CLASSES = 100
 TRANSFORMER = "timm:test_vit"
 PROMPTS = ("vpt_shallow", "vpt_deep")
-LITE = ["linear_probe", "full", "partial", "bitfit", "adaptformer"]
+FROZEN = ("none", "linear_probe")
+LITE = ["none", "linear_probe", "full", "partial", "bitfit", "adaptformer"]
 CASES = [
     *(("clip", strategy) for strategy in TUNINGS),
     *((TRANSFORMER, strategy) for strategy in TUNINGS),
@@ -112,14 +113,14 @@ def test_first_output_is_that_of_the_untuned_tower(model, strategy, load, images
 
 def test_a_tower_without_blocks_is_tuned(load):
     for strategy in tunings_of(load("timm:test_convnext")):
-        assert bool(tuned(load("timm:test_convnext"), strategy)) == (strategy != "linear_probe")
+        assert bool(tuned(load("timm:test_convnext"), strategy)) == (strategy not in FROZEN)
 
 
 @pytest.mark.parametrize(("model", "strategy"), CASES)
 def test_gradients_reach_the_named_parameters_and_no_other(model, strategy, load, images):
     tower = load(model)
     names = tuned(tower, strategy)
-    assert bool(names) == (strategy != "linear_probe")
+    assert bool(names) == (strategy not in FROZEN)
     if not names:
         assert not tower(images).requires_grad
         return
@@ -294,13 +295,13 @@ def test_new_modules_are_drawn_from_the_seed_alone(load):
 def test_what_a_tower_can_have(load):
     assert tunings_of(load("clip")) == tunings_of(load(TRANSFORMER)) == list(TUNINGS)
     assert tunings_of(load("lite0")) == LITE
-    assert tunings_of(load_tower("timm:test_resnet")) == ["linear_probe", "full", "partial", "bitfit"]
+    assert tunings_of(load_tower("timm:test_resnet")) == ["none", "linear_probe", "full", "partial", "bitfit"]
 
 
 @pytest.mark.parametrize(
     ("strategy", "options", "message"),
     [
-        ("lora", {}, "tuning must be one of linear_probe, full, partial, bitfit, adaptformer for lite0, got 'lora'"),
+        ("lora", {}, "tuning must be one of none, linear_probe, full, partial, bitfit, adaptformer for lite0, got 'lora'"),
         ("adaptformer", {"width": 0}, "width must be at least 1 for adaptformer, got 0"),
         ("bitfit", {"width": 8}, "width must be None for bitfit, got 8"),
         ("full", {"blocks": 2}, "blocks must be None for full, got 2"),

@@ -11,12 +11,12 @@ from synthetic import small_data
 from torch.nn import functional as F
 
 from ulfine_fast import validation
-from ulfine_fast.config import METHODS, FineTuning
+from ulfine_fast.config import METHODS, Training
 from ulfine_fast.learners.dual import build_head
 from ulfine_fast.validation import ETAS
 
 METHOD = METHODS["ulfine_plus"]
-SCHEDULE = FineTuning(labelled_batch=16, learning_rate=0.1)
+SCHEDULE = Training(labelled_batch=16, learning_rate=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def choice(losses):
 def test_a_probe_gets_more_weight_where_class_means_classify_badly():
     data = small_data()
     assert choice(choose_eta(stretched(data, 2.0), METHOD, SCHEDULE)) > choice(
-        choose_eta(data, METHOD, FineTuning(labelled_batch=16))
+        choose_eta(data, METHOD, Training(labelled_batch=16))
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ulfine_fast.config import FineTuning
+from ulfine_fast.config import Training
 
 if TYPE_CHECKING:
     from ulfine_fast.augment import Kind
@@ -85,7 +85,7 @@ class FeatureViews:
         self,
         labelled: Tensor,
         labels: Tensor,
-        schedule: FineTuning,
+        training: Training,
         device: torch.device | str = "cpu",
         *,
         weak: Tensor | None = None,
@@ -101,14 +101,14 @@ class FeatureViews:
             weak = strong = labelled[:1, :0]
         self.stored = labelled.to(device), weak.to(device), strong.to(device)
         self.labels = labels.to(device)
-        count, self.seed = weak.shape[1], schedule.seed
+        count, self.seed = weak.shape[1], training.seed
         unknown = torch.full((count,), -1) if truth is None else truth
         self.unlabelled_truth = unknown.to(device)
         none = torch.zeros(count, dtype=torch.bool) if copies is None else copies
         self.unlabelled_is_labelled = none.to(device)
-        self.from_labelled = Stream(rows, schedule.labelled_batch, (views,), self.seed, 0, device)
+        self.from_labelled = Stream(rows, training.labelled_batch, (views,), self.seed, 0, device)
         kinds = len(weak), len(strong)
-        self.from_unlabelled = Stream(count, schedule.unlabelled_batch, kinds, self.seed, 1, device)
+        self.from_unlabelled = Stream(count, training.unlabelled_batch, kinds, self.seed, 1, device)
 
     @cached_property
     def sample(self) -> tuple[Tensor, Tensor]:
@@ -119,12 +119,12 @@ class FeatureViews:
         return self.stored[1][0, rows], self.unlabelled_truth[rows]
 
     @classmethod
-    def of(cls, data: FeatureData, schedule: FineTuning, device: torch.device | str = "cpu") -> Self:
+    def of(cls, data: FeatureData, training: Training, device: torch.device | str = "cpu") -> Self:
         """The views of `data`."""
         return cls(
             data.labelled,
             data.labels,
-            schedule,
+            training,
             device,
             weak=data.weak,
             strong=data.strong,
@@ -157,15 +157,15 @@ class ImageViews:
     """
 
     def __init__(
-        self, data: ImageData, loader: ViewLoader, schedule: FineTuning, device: torch.device | str = "cpu"
+        self, data: ImageData, loader: ViewLoader, training: Training, device: torch.device | str = "cpu"
     ) -> None:
-        self.data, self.loader, self.schedule = data, loader, schedule
+        self.data, self.loader, self.training = data, loader, training
         self.device, cpu = torch.device(device), torch.device("cpu")
         self.unlabelled_truth = torch.from_numpy(data.unlabelled_truth).to(device)
         self.unlabelled_is_labelled = torch.from_numpy(data.unlabelled_is_labelled).to(device)
-        seed = schedule.seed
-        self.from_labelled = Stream(len(data.labelled), schedule.labelled_batch, (), seed, 0, cpu)
-        self.from_unlabelled = Stream(len(data.unlabelled), schedule.unlabelled_batch, (), seed, 1, cpu)
+        seed = training.seed
+        self.from_labelled = Stream(len(data.labelled), training.labelled_batch, (), seed, 0, cpu)
+        self.from_unlabelled = Stream(len(data.unlabelled), training.unlabelled_batch, (), seed, 1, cpu)
         # by row of the training images
         self.label = np.zeros(len(data.train), dtype=np.int64)
         self.label[data.labelled] = data.labels
@@ -203,11 +203,11 @@ class ImageViews:
         """Strong views [views, n, 3, S, S] uint8 of the images that the weak views of these slots show."""
         read = self.read.pop(step)
         rows = np.array([read[slot] for slot in slots], dtype=np.int64)
-        batch = self.schedule.unlabelled_batch
+        batch = self.training.unlabelled_batch
         every = np.concatenate([np.asarray(slots) + view * batch for view in range(views)])
         pending = self._submit("strong", np.tile(rows, views), step, every)
         return lambda: pending.result().images.unflatten(0, (views, len(slots)))
 
     def _submit(self, kind: Kind, rows: np.ndarray, step: int, slots: np.ndarray) -> Pending:
-        progress = step / max(self.schedule.steps - 1, 1)
+        progress = step / max(self.training.steps - 1, 1)
         return self.loader.submit(kind, rows, step=step, slots=slots, progress=progress)

@@ -1,4 +1,4 @@
-"""The command `ulfine-fast`: demo, train, finetune, evaluate, export, info.
+"""The command `ulfine-fast`: demo, train, compare, evaluate, export, info.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM. Heavy modules are imported
 by the command that needs them, so that help comes at once.
@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from ulfine_fast import finetune_command
 from ulfine_fast.command_options import changed, known, record, with_options
-from ulfine_fast.config import METHODS, Data, FineTuning, Schedule
+from ulfine_fast.config import CACHED, METHODS, PRESETS, Encoder, Images, Training, training_of
+from ulfine_fast.options import options_of
 from ulfine_fast.terminal import (
     RUN,
     TRAINING,
@@ -32,6 +33,7 @@ from ulfine_fast.terminal import (
     check_folder_choice,
     make_console,
     print_metrics,
+    say,
     set_deterministic,
     set_threads,
     shown_log,
@@ -39,13 +41,40 @@ from ulfine_fast.terminal import (
     wrong_usage,
 )
 
-Backend = Literal["auto", "reference", "cpp"]
-SCHEDULE = Schedule()
+Backend = Annotated[
+    Literal["auto", "reference", "cpp"],
+    typer.Option(
+        help="Implementation of the ops; auto takes the fastest, a name runs or fails.", rich_help_panel=RUN
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Threads that read images.",
+        show_default="one for each processor, at most 16",
+        rich_help_panel=RUN,
+    ),
+]
+Crops = Annotated[
+    Literal["single", "five"] | None,
+    typer.Option(help="Views of a test image.", show_default="the method's", rich_help_panel=RUN),
+]
+# What the demonstration compares its methods on.
+DEMO_IMAGES = Images(
+    dataset="fashion-mnist-subset",
+    protocol="usb",
+    labelled_largest=150,
+    unlabelled_largest=250,
+    imbalance=50.0,
+    class_order="shuffled",
+)
+DEMO_TRAINING = {"tuning": "none", "pipeline": "small"}
 At = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=PATH",
-        help="Where images or weights of a run of finetune lie, if they were moved: test, table, root, pretrained ..."
+        help="Where images or weights of a run lie, if they were moved: test, table, root, pretrained ..."
         " Repeat for more.",
         show_default="where they were; relative paths begin where the run began",
     ),
@@ -58,7 +87,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Long-tailed semi-supervised fine-tuning of vision-language models,\non images (finetune) or on cached features (train).",
+    help="Long-tailed semi-supervised fine-tuning of vision-language models.",
 )
 
 
@@ -83,177 +112,316 @@ def _options(
 
 
 def _known_or_all(names: list[str] | None) -> list[str]:
-    return [known(METHODS)(name) for name in names or METHODS]
+    return [known(PRESETS)(name) for name in names or METHODS]
 
 
-@app.command(
-    epilog="Example: [bold]ulfine-fast demo --seeds 1[/bold]",
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        callback=_known_or_all,
+        metavar="NAME",
+        help=f"Only this method; repeat for more: {', '.join(PRESETS)}.",
+        show_default=", ".join(METHODS),
+    ),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.", rich_help_panel=RUN)]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Runs side by side, each on one thread; 0: one for each processor, on a GPU one.",
+        rich_help_panel=RUN,
+    ),
+]
+
+
+def _by_method() -> dict[str, str]:
+    """What is said of the defaults of `Training` that presets change: "5000, 0 for zero_shot"."""
+    said = {}
+    for field, option in options_of(Training).items():
+        others = [f"{p.training[field]} for {name}" for name, p in PRESETS.items() if field in p.training]
+        if field in CACHED and field != "tuning":
+            others.append(f"{CACHED[field]} with tuning none")
+        if others:
+            own = ", ".join(others) if len(others) < 3 else "or the method's"
+            said[field] = f"{option.default}, {own}"
+    return said
+
+
+OPTIONS = {"Data": Images, "Encoder": Encoder, TRAINING: Training}
+EPILOG = (
+    "Examples:\n\n"
+    "[bold]ulfine-fast train --dataset fashion-mnist-subset --tuning none[/bold]\n\n"
+    "[bold]ulfine-fast train --labelled photos/labelled --unlabelled photos/unlabelled --test photos/test"
+    " --model ViT-B-16-quickgelu --pretrained openai --tuning none[/bold]\n\n"
+    "[bold]ulfine-fast train --features mine.npz --tuning none --method ulfine --set mu=0.01[/bold]\n\n"
+    "[bold]torchrun --nproc-per-node 8 -m ulfine_fast train --table images.csv --model ViT-L-14"
+    " --pretrained weights.safetensors --precision bf16[/bold]"
 )
-def demo(
-    ctx: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("runs/demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            callback=_known_or_all,
-            metavar="NAME",
-            help="Only this method; repeat for more.",
-            show_default="all",
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = SCHEDULE.steps,
-    threads: Threads = 0,
-) -> None:
-    """Train every method on the data that ships with the package, and compare them.
-
-    The first run encodes 18,000 views (about 3 minutes on one core), later runs read them from the cache.
-    """
-    from ulfine_fast import run_folder
-    from ulfine_fast.demo import run_demo
-
-    ctx.with_resource(run_folder.hold(out))
-    _check_demo_folder(out)
-    set_threads(threads)
-
-    chosen = {name: METHODS[name] for name in method}
-    run_demo(
-        out,
-        seeds=range(seeds),
-        methods=chosen,
-        schedule=replace(SCHEDULE, steps=steps),
-        console=make_console(),
-    )
 
 
-@app.command(
-    epilog="Examples:\n\n[bold]ulfine-fast train --method ulfine --seed 1 --out runs/first[/bold]\n\n"
-    "[bold]ulfine-fast train --method ulfine --set mu=0.01 --set adjust_unlabelled=kept[/bold]\n\n"
-    "[bold]ulfine-fast train --method fixmatch --unlabelled reversed --steps 2000 --resume[/bold]",
-)
-@with_options({"Data": Data, TRAINING: Schedule})
+@app.command(epilog=EPILOG)
+@app.command("finetune", hidden=True)
+@with_options(OPTIONS, _by_method())
 def train(
     ctx: typer.Context,
     *,
     method: Annotated[
-        str, typer.Option(callback=known(METHODS), metavar="NAME", help=f"Preset: {', '.join(METHODS)}.")
+        str, typer.Option(callback=known(PRESETS), metavar="NAME", help=f"Preset: {', '.join(PRESETS)}.")
     ] = "ulfine",
     given: dict[str, Any],
     setting: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    checkpoint_every: CheckpointEvery = 100,
+    checkpoint_every: CheckpointEvery = 500,
+    crops: Crops = None,
+    workers: Workers = None,
     device: Device = "auto",
-    backend: Annotated[
-        Backend,
-        typer.Option(
-            help="Implementation of the ops; auto takes the fastest, a name runs or fails.",
-            rich_help_panel=RUN,
-        ),
-    ] = "auto",
+    backend: Backend = "auto",
     capture: Annotated[
         bool,
         typer.Option(
-            help="Run the steps as one CUDA graph; the result is the same. Needs a CUDA device.",
+            help="With tuning none: run the steps as one CUDA graph; the result is the same. Needs a CUDA device.",
             rich_help_panel=RUN,
         ),
     ] = False,
     threads: Threads = 0,
     deterministic: Deterministic = False,
 ) -> None:
-    """Train one method on one split; write checkpoint, metrics, predictions and pictures."""
+    """Train one method: a head, and with most tunings the encoder too; write checkpoint, metrics and pictures.
+
+    Images come from --dataset, folders (--labelled, --unlabelled, --test), --table, lists or --imagenet127.
+
+    With --tuning none, or with --features of your own, training takes seconds.
+
+    Under torchrun several processes share every batch.
+    """
+    if ctx.info_name == "finetune":
+        say("finetune is now called train; this name goes with the next release")
     check_folder_choice(resume, overwrite)
     with wrong_usage():
-        data, schedule = record(Data, given), record(Schedule, given)
-        chosen = changed(METHODS[method], setting or ())
-    if schedule.steps == 0:
-        raise typer.BadParameter("expected at least 1, got 0; zero_shot takes none", param_hint="'--steps'")
-    run_dir = out or Path("runs") / method
-    configuration = {
-        "data": asdict(data),
-        "name": method,
-        "method": asdict(chosen),
-        "schedule": asdict(FineTuning(**asdict(schedule))),
-    }
+        from ulfine_fast.learners import LEARNERS
+
+        images, training = record(Images, given), training_of(method, _tuned(given))
+        chosen = changed(LEARNERS[PRESETS[method].learner], setting or ())
+        encoder = _encoder(method, given, training)
     set_threads(threads)
     set_deterministic(deterministic)
-    from ulfine_fast import experiment, report, run_folder
+    import torch
+
+    from ulfine_fast import report, run_folder
+    from ulfine_fast import run as runs
     from ulfine_fast.backend import use_backend
+    from ulfine_fast.build import class_rows, load_images
+    from ulfine_fast.distributed import process_group, world
+    from ulfine_fast.features import FeatureData
 
-    ctx.with_resource(shown_log())
-    ctx.with_resource(run_folder.reserve(run_dir, configuration, resume=resume, overwrite=overwrite))
-    chosen_device = usable_device(device)
-    console = make_console()
-    console.print(f"Back end: {_backend(backend, chosen_device)}")
-    console.print(f"Data: {data.dataset} at {data.size} px, encoded the first time, then read from the cache")
-    features = experiment.load_data(data)
-    console.print(
-        report.split_report(
-            experiment.split_rows(features), f"Split of seed {data.seed} ({data.protocol}, {data.unlabelled})"
-        )
-    )
-    console.print(f"Training {method}: {chosen.summary}; {schedule.steps if chosen.trained else 0} steps")
-    ctx.meta["run_dir"] = run_dir
-    with use_backend(backend), run_folder.claim(run_dir, configuration, resume=resume):
-        outcome = experiment.run(
-            features,
-            chosen,
-            schedule,
-            device=chosen_device,
-            run_dir=run_dir,
-            resume=resume,
-            checkpoint_every=checkpoint_every,
-            capture=capture,
-        )
-    experiment.write_run(run_dir, configuration, features, outcome)
-    if chosen.eta_folds:
+    here, chosen_device = world(), usable_device(device)
+    run_dir = out or Path("runs") / method
+    cached = training.tuning == "none"
+    configuration = {
+        "images": asdict(images),
+        "encoder": asdict(encoder),
+        "name": method,
+        "method": asdict(chosen),
+        "training": asdict(training),
+        "crops": crops or ("single" if cached else PRESETS[method].crops),
+        # where relative paths begin
+        "began_in": str(Path.cwd()),
+    }
+    if chosen_device == "cuda":
+        torch.cuda.set_device(here.local_rank)
+    with process_group(here, torch.device(chosen_device)):
+        ctx.with_resource(shown_log(quiet=not here.leads))
+        if here.leads:
+            ctx.with_resource(run_folder.reserve(run_dir, configuration, resume=resume, overwrite=overwrite))
+        console = make_console(quiet=not here.leads)
+        console.print(f"Back end: {_backend(backend, chosen_device)}")
+        data = load_images(images)
+        count = len(data.unlabelled_truth)
+        console.print(report.split_report(class_rows(data), "Training images, as listed", count))
+        for note in () if isinstance(data, FeatureData) else data.notes:
+            console.print(f"Note: {note}")
         console.print(
-            f"eta {outcome.learner.config.eta:g}, chosen on {chosen.eta_folds} folds of the labelled images"
+            f"Training {method}: {PRESETS[method].summary}; {'own features' if images.features else encoder.model},"
+            f" tuning {training.tuning}, {training.steps} steps on {here.size} x {chosen_device}"
         )
-    print_metrics(console, outcome.metrics, f"{method}, {outcome.seconds:.1f} s of training")
-    console.print(f"Wrote metrics.json, predictions.csv, pictures and the checkpoint to {run_dir}")
+        ctx.meta["run_dir"] = run_dir
+        with use_backend(backend):
+            outcome = runs.run(
+                data,
+                encoder,
+                chosen,
+                training,
+                device=chosen_device,
+                world=here,
+                crops=configuration["crops"],
+                workers=workers,
+                run_dir=run_dir,
+                resume=resume,
+                checkpoint_every=checkpoint_every,
+                capture=capture,
+                claim=run_folder.claim(run_dir, configuration, resume=resume) if here.leads else None,
+            )
+        if here.leads:
+            runs.write_run(run_dir, configuration, data, outcome)
+    if getattr(chosen, "eta_folds", 0):
+        eta = runs.chosen_eta(outcome.student)
+        console.print(f"eta {eta:g}, chosen on {chosen.eta_folds} folds of the labelled images")
+    cost = f"{outcome.training.seconds:.1f} s of training"
+    if outcome.training.history:
+        cost += f", {outcome.training.history[-1]['images_per_second']:,.0f} images/s"
+    if chosen_device == "cuda":
+        cost += f", at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of device memory"
+    console.print(f"Cost: {cost}")
+    print_metrics(console, outcome.metrics, f"{method} after {outcome.training.steps} steps")
+    reading = "" if isinstance(data, FeatureData) else data.report.summary()
+    if reading:
+        console.print(f"Reading: {reading}")
+    console.print(
+        f"Weights {outcome.digest}; wrote metrics.json, predictions.csv, pictures and the checkpoint to {run_dir}"
+    )
 
 
-app.command(epilog=finetune_command.EPILOG)(finetune_command.finetune)
+def _tuned(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given of `Training`; features have no encoder that could be tuned."""
+    own = {name: given[name] for name in options_of(Training) if name in given}
+    return {"tuning": "none", **own} if "features" in given else own
+
+
+def _encoder(method: str, given: Mapping[str, Any], training: Training) -> Encoder:
+    from ulfine_fast.encoder import IMAGE_WEIGHTS
+
+    encoder = record(Encoder, given)
+    # other encoders have one space only, and a frozen one has the same for all methods
+    one_space = encoder.model in IMAGE_WEIGHTS or encoder.model.startswith("timm:")
+    if "space" in given or one_space or training.tuning == "none":
+        return encoder
+    return replace(encoder, space=PRESETS[method].space)
+
+
+@app.command(
+    epilog="Examples:\n\n[bold]ulfine-fast compare --dataset fashion-mnist-subset --tuning none --seeds 5[/bold]\n\n"
+    "[bold]ulfine-fast compare --features mine.npz --method lift --method ulfine_plus[/bold]\n\n"
+    "[bold]ulfine-fast compare runs/first runs/second --out runs/both[/bold]"
+)
+@with_options(OPTIONS, _by_method())
+def compare(
+    ctx: typer.Context,
+    *,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN]...", help="Finished runs: put them into one table, and train nothing."),
+    ] = None,
+    method: Methods = None,
+    given: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the table.")] = Path("runs/compare"),
+    seeds: Seeds = 3,
+    jobs: Jobs = 0,
+    device: Device = "auto",
+) -> None:
+    """Train methods on the same data with several seeds, side by side, and compare them in one table.
+
+    Every run has a folder in --out: what is done is not done again, what was interrupted goes on.
+
+    With --tuning none the encoder sees every view once, whatever the number of methods.
+    """
+    if runs:
+        if given:
+            raise typer.BadParameter(f"expected runs or what to train on, got both: {', '.join(given)}")
+        from ulfine_fast import run_folder
+        from ulfine_fast.compare import by_method, write_comparison
+
+        found = by_method(runs)
+        ctx.with_resource(run_folder.hold(out))
+        write_comparison(out, found, make_console())
+        return
+    with wrong_usage():
+        images, training = record(Images, given), _tuned(given)
+        encoder = record(Encoder, given)
+    _compare(ctx, out, images, encoder, training, method, seeds, jobs, device)
+
+
+def _compare(
+    ctx: typer.Context,
+    out: Path,
+    images: Images,
+    encoder: Encoder,
+    training: Mapping[str, Any],
+    methods: list[str],
+    seeds: int,
+    jobs: int,
+    device: str,
+) -> None:
+    from ulfine_fast import run_folder
+    from ulfine_fast.compare import by_method, do_all, tasks, write_comparison
+
+    chosen_device = usable_device(device)
+    jobs = jobs or (1 if chosen_device == "cuda" else len(os.sched_getaffinity(0)))
+    ctx.with_resource(shown_log())
+    ctx.with_resource(run_folder.hold(out))
+    console = make_console()
+    with wrong_usage():
+        todo = tasks(
+            out, images, encoder, training, methods, range(seeds), device=chosen_device,
+            threads=0 if chosen_device == "cuda" else 1,
+        )  # fmt: skip
+    console.print(
+        f"{len(todo)} runs: {', '.join(methods)}; seeds 0 to {seeds - 1}; {jobs} at a time"
+        if seeds > 1
+        else f"{len(todo)} runs: {', '.join(methods)}; seed 0; {jobs} at a time"
+    )
+    do_all(todo, jobs, console)
+    write_comparison(out, by_method([task.run_dir for task in todo]), console)
+
+
+@app.command(epilog="Example: [bold]ulfine-fast demo --seeds 1[/bold]")
+def demo(
+    ctx: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the table.")] = Path("runs/demo"),
+    seeds: Seeds = 3,
+    method: Methods = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = CACHED["steps"],
+    jobs: Jobs = 0,
+) -> None:
+    """Compare methods on the images that ship with the package: compare, with a frozen encoder and no choices.
+
+    The first time every view is encoded (about 3 minutes on one core), later it is read from the cache.
+    """
+    training = {**DEMO_TRAINING, "steps": steps}
+    _compare(ctx, out, DEMO_IMAGES, Encoder(), training, method, seeds, jobs, "cpu")
 
 
 @app.command(
     epilog="Examples:\n\n[bold]ulfine-fast evaluate runs/first[/bold]\n\n"
-    "[bold]ulfine-fast evaluate runs/ulfine-finetuned --crops five[/bold]"
+    "[bold]ulfine-fast evaluate runs/ulfine --crops five[/bold]"
 )
 def evaluate(
-    run_dir: Annotated[Path, typer.Argument(help="Folder that train or finetune wrote.", metavar="RUN_DIR")],
+    run_dir: Annotated[Path, typer.Argument(help="Folder that train wrote.", metavar="RUN_DIR")],
     device: Device = "auto",
     crops: Annotated[
         Literal["single", "five"] | None,
-        typer.Option(help="Views of a test image, for a run of finetune.", show_default="those of the run"),
+        typer.Option(help="Views of a test image.", show_default="those of the run"),
     ] = None,
     at: At = None,
     threads: Threads = 0,
 ) -> None:
     """Load the checkpoint of a run, evaluate it on the test set, write evaluation.json."""
     set_threads(threads)
-    from ulfine_fast import experiment, report, run_folder
+    from ulfine_fast import report, run_folder
+    from ulfine_fast import run as runs
 
     configuration = run_folder.located(run_folder.read_configuration(run_dir), at or ())
-    chosen_device = usable_device(device)
-    reading = ""
-    if "images" in configuration:
-        from ulfine_fast import image_experiment
-
-        steps, metrics, reading = image_experiment.evaluate_run(
-            run_dir, configuration, device=chosen_device, crops=crops
-        )
-    elif crops:
-        raise ValueError(f"--crops: expected a run of finetune, got {run_dir}, whose features are cached")
-    else:
-        steps, metrics = experiment.evaluate_run(run_dir, configuration, device=chosen_device)
+    steps, metrics, reading = runs.evaluate_run(
+        run_dir, configuration, device=usable_device(device), crops=crops
+    )
     report.write_json(
         run_dir / run_folder.EVALUATION,
         {
-            **experiment.surroundings(),
-            "units": experiment.UNITS,
+            **runs.surroundings(),
+            "units": runs.UNITS,
             "steps": steps,
             "reading": reading,
             "metrics": metrics,
@@ -266,9 +434,9 @@ def evaluate(
     console.print(f"Wrote {run_folder.EVALUATION} to {run_dir}")
 
 
-@app.command(epilog="Example: [bold]ulfine-fast export runs/ulfine-finetuned head.safetensors[/bold]")
+@app.command(epilog="Example: [bold]ulfine-fast export runs/ulfine head.safetensors[/bold]")
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="Folder that finetune wrote.", metavar="RUN_DIR")],
+    run_dir: Annotated[Path, typer.Argument(help="Folder that train wrote.", metavar="RUN_DIR")],
     out: Annotated[Path, typer.Argument(help="The file to write, .safetensors.", metavar="FILE")],
     at: At = None,
 ) -> None:
@@ -277,15 +445,13 @@ def export(
     The file has weight [C, D], centre [D] for an encoder that has one, and the class names; not the encoder, tuned
     or not.
     """
-    from ulfine_fast import image_experiment, run_folder
+    from ulfine_fast import run, run_folder
 
     configuration = run_folder.located(run_folder.read_configuration(run_dir), at or ())
-    if "images" not in configuration:
-        raise ValueError(f"{run_dir}: expected a run of finetune, got one on cached features")
-    image_experiment.export_run(run_dir, configuration, out)
-    console, tuning = make_console(), configuration["schedule"]["tuning"]
+    run.export_run(run_dir, configuration, out)
+    console, tuning = make_console(), configuration["training"]["tuning"]
     console.print(f"Wrote {out}")
-    if tuning != "linear_probe":
+    if tuning not in ("none", "linear_probe"):
         console.print(
             f"Note: the encoder was tuned, too ({tuning}), and is not in the file. This head fits the features of the"
             f" tuned encoder, which {run_dir} has, and not those of {configuration['encoder']['model']} as it comes."
@@ -301,7 +467,7 @@ def info(
 
     from ulfine_fast.backend import automatic, availability
     from ulfine_fast.cache import CacheError, default_cache_dir
-    from ulfine_fast.experiment import versions
+    from ulfine_fast.run import versions
 
     try:
         folder = default_cache_dir()
@@ -384,15 +550,6 @@ def _backend(requested: str, device: str) -> str:
         return automatic(device)
     name = choose("head_loss", torch.empty(0, device=device), 1, torch.float32, requested)
     return f"cpp ({_native.isa()})" if name == "cpp" else name
-
-
-def _check_demo_folder(out: Path) -> None:
-    """Raise unless `out`, which is held, has nothing in it but what an earlier demo left."""
-    from ulfine_fast.run_folder import LOCK, REPORTS
-
-    others = sorted(path.name for path in out.iterdir() if path.name not in (LOCK, *REPORTS))
-    if others:
-        raise FileExistsError(f"{out}: expected an empty folder or that of a demo, got {others[0]} in it")
 
 
 def main() -> None:

@@ -6,57 +6,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ulfine_fast.options import Record, one_of, option, redefined, share
+from ulfine_fast.options import Record, option, share
 
+LABELLED_LOSSES = (
+    "cross_entropy", "focal", "ldam", "class_balanced", "grw", "balanced_softmax", "logit_adjustment", "lade",
+)  # fmt: skip
 _IN_MEMORY = ("fashion-mnist-subset", "fashion-mnist", "cifar10", "cifar100", "svhn")
 
 
 @dataclass(frozen=True)
-class Data(Record):
-    """Which images a head is trained on, and as what features. The names are those of `load_features`."""
-
-    dataset: str = option("fashion-mnist-subset", "Data set", choices=_IN_MEMORY, common=True)
-    protocol: str = option(
-        "usb",
-        "How the split is drawn; in acr every labelled image is an unlabelled one too.",
-        choices=("acr", "daso", "usb"),
-    )
-    labelled_largest: int = option(150, "Labelled images of the largest class.", at_least=1, common=True)
-    unlabelled_largest: int = option(250, "Unlabelled images of the largest class.", at_least=0, common=True)
-    imbalance: float = option(
-        50.0, "Labelled images: largest class / smallest class.", at_least=1, common=True
-    )
-    unlabelled_imbalance: float | None = option(
-        None,
-        "Unlabelled images: largest class / smallest class.",
-        at_least=1,
-        shown="that of the labelled ones",
-    )
-    unlabelled: str = option(
-        "consistent",
-        "Order of the unlabelled class sizes against the labelled ones",
-        choices=("consistent", "uniform", "reversed"),
-        common=True,
-    )
-    class_order: str = option(
-        "shuffled", "Head to tail by class index, or drawn from the seed.", choices=("index", "shuffled")
-    )
-    seed: int = option(0, "Seed of the split and of the training.", at_least=0)
-    size: int = option(160, "Side of the encoder's input in pixels, a multiple of 32.", at_least=32)
-    weak_copies: int = option(2, "Stored weak views of each image.", at_least=1)
-    strong_copies: int = option(2, "Stored strong views of each image.", at_least=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be below 2**32, got {self.seed}")
-        if self.size % 32:
-            raise ValueError(f"size must be a positive multiple of 32, got {self.size}")
-
-
-@dataclass(frozen=True)
 class Method(Record):
-    """A point in the space of heads that the one engine trains. The presets are `METHODS`."""
+    """A point in the space of heads with a linear and a textual branch. The presets are `METHODS`.
+
+    Raises ValueError, too, for another labelled loss than "logit_adjustment" where the head is not a cosine probe alone.
+    """
 
     summary: str
     # Branches
@@ -74,7 +37,14 @@ class Method(Record):
         choices=("branches", "fused"),
     )
     trained: bool = option(True, "False predicts from the start state (zero-shot).")
+    views: int = option(1, "Strong views of each unlabelled image.", choices=(1, 2))
     # Losses
+    # `losses.LOSSES`; any other than the default does not read adjust_labelled, its tau
+    labelled_loss: str = option(
+        "logit_adjustment",
+        "Of a cosine probe",
+        choices=LABELLED_LOSSES,
+    )
     adjust_labelled: float = option(
         1.0, "tau of the logit adjustment by the labelled prior, 0: none.", at_least=0
     )
@@ -110,6 +80,16 @@ class Method(Record):
         super().__post_init__()
         if self.eta_folds == 1:
             raise ValueError("eta_folds must be 0 or at least 2, got 1")
+        if self.labelled_loss != "logit_adjustment" and not (self.eta == 1 and self.normalize_linear):
+            raise ValueError(
+                "labelled_loss must be logit_adjustment unless eta is 1 and normalize_linear is true, got"
+                f" {self.labelled_loss!r}"
+            )
+
+    @property
+    def semi(self) -> bool:
+        """Whether unlabelled images are used."""
+        return self.unlabelled_weight > 0
 
 
 _PROBE = Method(
@@ -124,7 +104,7 @@ _PROBE = Method(
     mu=0.0,
 )
 
-# The paper leaves open what the loss is taken on. On the validation images of `Schedule`, overall / few-shot
+# The paper leaves open what the loss is taken on. On the validation images of `CACHED`, overall / few-shot
 # accuracy is 76.1 / 71.2 % on the fused logits and 70.5 / 46.0 % on the branches: with frozen features the
 # cross-entropy of the prototype branch has nothing to teach.
 # mu is the choice of docs/accuracy.md.
@@ -176,41 +156,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method(name: str) -> Method:
-    """The preset `name`; ValueError lists the known ones."""
-    if name not in METHODS:
-        raise ValueError(f"method must be {one_of(METHODS, name)}")
-    return METHODS[name]
-
-
-def kept_when_continued(schedule: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a schedule that a run cannot change when it goes on."""
-    return {name: value for name, value in schedule.items() if name not in ("steps", "log_every", "shard")}
-
-
-@dataclass(frozen=True)
-class Schedule(Record):
-    """How a head is trained: batches, optimizer, length, seed."""
-
-    # Optimizer and learning rate: the best mean accuracy over all presets that train, seeds 0-2, on 3,000
-    # Fashion-MNIST training images outside every split, of sgd x {.003, .01, .03, .1, .3} and
-    # adamw (weight decay .01) x {.0003, .001, .003, .01, .03}. The best three lie within 0.3 points.
-
-    steps: int = option(400, "Training steps.", at_least=0, common=True)
-    labelled_batch: int = option(32, "Labelled images per step.", above=0)
-    unlabelled_batch: int = option(224, "Unlabelled images per step, each with two views.", at_least=0)
-    optimizer: str = option("sgd", "sgd has momentum 0.9.", choices=("sgd", "adamw"))
-    learning_rate: float = option(0.01, "Learning rate at the start; a cosine takes it to 0.", above=0)
-    # prototypes have unit rows and need none
-    weight_decay: float = option(5e-4, "Weight decay of the linear probe.", at_least=0)
-    seed: int = redefined(Data, "seed", 0, common=True)
-    log_every: int = option(20, "Steps between two records of the history.", above=0)
-
-    def identity(self) -> dict[str, Any]:
-        """What a run keeps when it goes on: all but its length and its reports."""
-        return kept_when_continued(asdict(self))
-
-
+_SEED = option(0, "Seed of the split and of the training.", at_least=0)
 _OF_A_SPLIT = (
     "protocol", "labelled_largest", "unlabelled_largest", "imbalance", "unlabelled_imbalance", "distribution",
     "class_order",
@@ -219,28 +165,42 @@ _OF_A_SPLIT = (
 
 @dataclass(frozen=True)
 class Images(Record):
-    """Which images an encoder is tuned on: exactly one of a data set, folders, a table, lists, and ImageNet-127.
+    """What is learned from: one of a data set, folders, a table, lists, ImageNet-127, and a file of features.
 
-    Of a data set a long-tailed split is drawn, as `Data` describes it. Raises ValueError, too, for none or two of the
-    five, and for a field that says nothing of the one that is given.
+    Of a data set a long-tailed split is drawn, see `splits.make_split`. Raises ValueError, too, for none or two of the
+    six, and for a field that says nothing of the one that is given.
     """
 
     dataset: str | None = option(
         None, "Draw a long-tailed split of", choices=(*_IN_MEMORY, "stl10", "food101"), common=True
     )
-    protocol: str = redefined(Data, "protocol", "acr")
-    labelled_largest: int = redefined(Data, "labelled_largest", 100, common=False)
-    unlabelled_largest: int | None = redefined(
-        Data,
-        "unlabelled_largest",
-        None,
-        shown="twice the labelled ones, or what the data set brings",
-        common=False,
+    protocol: str = option(
+        "acr",
+        "How the split is drawn; in acr every labelled image is an unlabelled one too.",
+        choices=("acr", "daso", "usb"),
     )
-    imbalance: float = redefined(Data, "imbalance", 100.0, common=False)
-    unlabelled_imbalance: float | None = redefined(Data, "unlabelled_imbalance", None)
-    distribution: str = redefined(Data, "unlabelled", "consistent", common=False)
-    class_order: str = redefined(Data, "class_order", "index")
+    labelled_largest: int = option(100, "Labelled images of the largest class.", at_least=1)
+    unlabelled_largest: int | None = option(
+        None,
+        "Unlabelled images of the largest class.",
+        at_least=0,
+        shown="twice the labelled ones, or what the data set brings",
+    )
+    imbalance: float = option(100.0, "Labelled images: largest class / smallest class.", at_least=1)
+    unlabelled_imbalance: float | None = option(
+        None,
+        "Unlabelled images: largest class / smallest class.",
+        at_least=1,
+        shown="that of the labelled ones",
+    )
+    distribution: str = option(
+        "consistent",
+        "Order of the unlabelled class sizes against the labelled ones",
+        choices=("consistent", "uniform", "reversed"),
+    )
+    class_order: str = option(
+        "index", "Head to tail by class index, or drawn from the seed.", choices=("index", "shuffled")
+    )
     labelled: str | None = option(
         None,
         "Labelled images, a folder for each class.",
@@ -290,7 +250,10 @@ class Images(Record):
         at_most=1,
         shown="0.25 and 0.1",
     )
-    seed: int = redefined(Data, "seed", 0)
+    features: str | None = option(
+        None, "Features of an encoder of your own, .npz or .safetensors, see feature_file.", metavar="FILE"
+    )
+    seed: int = _SEED
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -300,7 +263,10 @@ class Images(Record):
             "table": ("a table", ("root",)),
             "train_list": ("lists", ("test_list", "root", "class_names", "labelled_share")),
             "imagenet127": ("ImageNet-127", ("superclasses", "class_names", "labelled_share")),
+            "features": ("features", ()),
         }
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
         given = [kind for kind in kinds if getattr(self, kind) is not None]
         if len(given) != 1:
             names = [name for name, _ in kinds.values()]
@@ -364,18 +330,28 @@ class Encoder(Record):
                 )
 
 
+def kept_when_continued(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a training that a run cannot change when it goes on."""
+    return {name: value for name, value in training.items() if name not in ("steps", "log_every", "shard")}
+
+
 @dataclass(frozen=True)
-class FineTuning(Record):
-    """How an encoder is tuned together with a head. What no source is named for is our choice."""
+class Training(Record):
+    """How a head is trained, and an encoder with it. What no source is named for is our choice."""
 
     tuning: str = option(
         "adaptformer",
-        "What of the encoder is trained, where linear_probe is nothing",
+        "What of the encoder is trained. none: nothing, each view is encoded once. linear_probe: nothing, with new views in"
+        " every step. Or",
         choices=(
-            "linear_probe", "full", "partial", "bitfit", "ln_tune", "adaptformer", "adapter", "lora", "lora_mlp",
+            "none", "linear_probe", "full", "partial", "bitfit", "ln_tune", "adaptformer", "adapter", "lora", "lora_mlp",
             "ssf", "vpt_shallow", "vpt_deep",
         ),
+        common=True,
     )  # fmt: skip
+    copies: int = option(
+        2, "With tuning none: weak, and strong, views of each image that are encoded.", at_least=1
+    )
     width: int | None = option(
         None, "Width or rank of the modules, or number of prompts.", at_least=1, shown="LIFT's rule"
     )
@@ -390,8 +366,10 @@ class FineTuning(Record):
     # 7 labelled batches (FixMatch, LoFT)
     unlabelled_batch: int = option(224, "Unlabelled images per step, of all processes.", at_least=0)
     parts: int = option(1, "Encode a batch in so many parts: less memory.", at_least=1)
-    optimizer: str = redefined(Schedule, "optimizer", "sgd")  # (LIFT)
-    learning_rate: float = redefined(Schedule, "learning_rate", 0.01)  # (LIFT, LoFT)
+    optimizer: str = option("sgd", "sgd has momentum 0.9.", choices=("sgd", "adamw"))  # (LIFT)
+    learning_rate: float = option(
+        0.01, "Learning rate at the start; a cosine takes it to 0.", above=0
+    )  # (LIFT, LoFT)
     weight_decay: float = option(5e-4, "Weight decay.", at_least=0)  # (LIFT)
     precision: str = option(
         "fp32",
@@ -413,8 +391,8 @@ class FineTuning(Record):
     shard: bool = option(
         False, "Split encoder, gradients and optimizer over the processes (FSDP): less memory in each."
     )
-    seed: int = redefined(Data, "seed", 0)
-    log_every: int = redefined(Schedule, "log_every", 50)
+    seed: int = _SEED
+    log_every: int = option(50, "Steps between two records of the history.", above=0)
 
     def identity(self) -> dict[str, Any]:
         """What a run keeps when it goes on: all but its length, its reports and how processes share its memory."""
@@ -427,7 +405,7 @@ class Preset:
 
     learner: str  # a name of `learners.LEARNERS`
     summary: str
-    tuning: Mapping[str, Any] = field(default_factory=dict)  # fields of `FineTuning`
+    training: Mapping[str, Any] = field(default_factory=dict)  # fields of `Training`
     space: str = "joint"  # of the features of an open_clip model; other encoders have one space only
     crops: str = "single"  # views of a test image: "single" or "five"
 
@@ -485,3 +463,18 @@ PRESETS: dict[str, Preset] = {
         "ulfine_plus", "ulfine with posterior prototypes and a cross-validated weight of the probe (ours)"
     ),
 }
+
+# With tuning none the head is all that is trained, and all methods have one setting. Optimizer and rate are the best
+# mean accuracy over the presets of `METHODS` that train, seeds 0-2, on 3,000 Fashion-MNIST training images outside
+# every split, of sgd x {.003, .01, .03, .1, .3} and adamw (weight decay .01) x {.0003, .001, .003, .01, .03}; the best
+# three lie within 0.3 points.
+CACHED: dict[str, Any] = {"tuning": "none", "steps": 400, "log_every": 20}
+
+
+def training_of(name: str, given: Mapping[str, Any]) -> Training:
+    """How the preset `name` is trained where the fields `given` are as they say."""
+    own = PRESETS[name].training
+    if given.get("tuning") == "none":
+        # one that is not trained takes no step anyhow
+        own = CACHED | ({"steps": 0} if own.get("steps") == 0 else {})
+    return Training(**{**own, **given})

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ulfine_fast.batches import Batch, FeatureViews
 from ulfine_fast.capture import CapturedStep, device_of
 from ulfine_fast.checkpoint import CheckpointError, digest
-from ulfine_fast.config import FineTuning
+from ulfine_fast.config import Training
 from ulfine_fast.distributed import (
     World,
     average_gradients,
@@ -150,7 +150,7 @@ class Student(nn.Module):
 class Engine:
     """A run in one process: its step and its state.
 
-    All processes start from the trained weights of the first one. With `schedule.shard` the tower of `student` is
+    All processes start from the trained weights of the first one. With `training.shard` the tower of `student` is
     split over them in place, see `distributed.shard`; a `tower.blocks` has the modules that are whole one at a time.
 
     Args:
@@ -166,21 +166,21 @@ class Engine:
         self,
         student: Student,
         views: Views | FeatureViews,
-        schedule: FineTuning,
+        training: Training,
         world: World,
         *,
         capture: bool = False,
     ) -> None:
         self.at_hand = isinstance(views, FeatureViews)
-        _check(schedule, world, at_hand=self.at_hand, capture=capture)
-        self.student, self.views, self.schedule, self.world = student, views, schedule, world
+        _check(training, world, at_hand=self.at_hand, capture=capture)
+        self.student, self.views, self.training, self.world = student, views, training, world
         self.learner = student.learner
-        self.semi = bool(self.learner.semi and schedule.unlabelled_batch and len(views.unlabelled_truth))
+        self.semi = bool(self.learner.semi and training.unlabelled_batch and len(views.unlabelled_truth))
         self.device = device_of(self.learner) if capture else next(self.learner.parameters()).device
         self.copies = views.unlabelled_is_labelled if bool(views.unlabelled_is_labelled.any()) else None
         take_from_first(list(tuned_tensors(student).values()), world)
         split = {}
-        if schedule.shard:
+        if training.shard:
             shard(student.tower, student.tower.blocks, world, self.device)
             split = sharded_parameters(student)
         # of a parameter that is split, the rows of this process: an ordinary tensor, for which all optimizers work
@@ -195,20 +195,20 @@ class Engine:
         for index, name in enumerate(tower):
             if name in split:
                 self.split |= {f"optimizer.{index}.{slot}": split[name] for slot in SLOTS}
-        decay = schedule.weight_decay
+        decay = training.weight_decay
         groups = [{"params": [self.weights[name] for name in tower], "weight_decay": decay}] if tower else []
         self.optimizer = fused_optimizer(
-            [*groups, *self.learner.groups(decay)], schedule.optimizer, schedule.learning_rate
+            [*groups, *self.learner.groups(decay)], training.optimizer, training.learning_rate
         )
         self.learned = [p for group in self.optimizer.param_groups for p in group["params"]]
         rows = [self.weights[name] for name in split]
         self.replicated = [p for p in self.learned if not any(p is own for own in rows)]
         self.mean_weights = (
-            {name: p.detach().clone() for name, p in self.weights.items()} if schedule.ema else {}
+            {name: p.detach().clone() for name, p in self.weights.items()} if training.ema else {}
         )
         # of the gradients, which only float16 products and parts of a batch need
-        self.scaled = not self.at_hand and (schedule.precision == "fp16" or schedule.parts > 1)
-        fp16 = self.scaled and schedule.precision == "fp16"
+        self.scaled = not self.at_hand and (training.precision == "fp16" or training.parts > 1)
+        fp16 = self.scaled and training.precision == "fp16"
         self.scale = torch.tensor(FIRST_SCALE if fp16 else 1.0, device=self.device)
         self.scale_age = torch.zeros((), dtype=torch.int32, device=self.device)
         self.one = torch.ones((), device=self.device)
@@ -222,7 +222,7 @@ class Engine:
 
     def slots(self, batch: int, part: int = 0) -> range:
         """Places of this process in part `part` of a batch of `batch`."""
-        size = batch // (self.world.size * self.schedule.parts)
+        size = batch // (self.world.size * self.training.parts)
         start = (part * self.world.size + self.world.rank) * size
         return range(start, start + size)
 
@@ -231,11 +231,11 @@ class Engine:
 
         A loss or a gradient that is not finite leaves weights, optimizer and estimators as they were.
         """
-        set_learning_rate(self.optimizer, learning_rate(self.schedule, step))
+        set_learning_rate(self.optimizer, learning_rate(self.training, step))
         if not self.at_hand:
             return self._take(self._encoded(step, alone))
         batch = self.batch(step)
-        self.progress.fill_(step / self.schedule.steps)
+        self.progress.fill_(step / self.training.steps)
         if step == 0 and self.semi:
             self._start([batch.weak])
         if not self.capture or step == 0:
@@ -250,9 +250,9 @@ class Engine:
 
     def batch(self, step: int) -> Batch:
         """The rows of this process in the batch of `step`, of cached features."""
-        schedule = self.schedule
-        unlabelled = self.slots(schedule.unlabelled_batch) if self.semi else range(0)
-        return self.views.batch(step, self.slots(schedule.labelled_batch), unlabelled, self.learner.views)
+        training = self.training
+        unlabelled = self.slots(training.unlabelled_batch) if self.semi else range(0)
+        return self.views.batch(step, self.slots(training.labelled_batch), unlabelled, self.learner.views)
 
     def _joint(self, batch: Batch) -> Iterator[Result]:
         labelled, targets, weak, strong, places = batch
@@ -263,15 +263,15 @@ class Engine:
 
     def ask(self, step: int) -> list[tuple[Any, Any]]:
         """Requests for labelled and weak views of `step`, part by part."""
-        if step not in self.asked and step < self.schedule.steps:
+        if step not in self.asked and step < self.training.steps:
             self.asked[step] = [
                 (
-                    self.views.labelled(step, self.slots(self.schedule.labelled_batch, part)),
-                    self.views.weak(step, self.slots(self.schedule.unlabelled_batch, part))
+                    self.views.labelled(step, self.slots(self.training.labelled_batch, part)),
+                    self.views.weak(step, self.slots(self.training.unlabelled_batch, part))
                     if self.semi
                     else None,
                 )
-                for part in range(self.schedule.parts)
+                for part in range(self.training.parts)
             ]
         return self.asked.get(step, [])
 
@@ -281,7 +281,7 @@ class Engine:
         requests = self.ask(step)
         del self.asked[step]
         self.ask(step + 1)
-        progress = step / self.schedule.steps
+        progress = step / self.training.steps
         if not self.semi:
             weak = torch.empty(0, self.learner.dim, device=self.device)
             none = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -295,14 +295,14 @@ class Engine:
         for part, (labelled, _) in enumerate(requests):
             pseudo = self.learner.pseudo(features[part], progress)
             rows = pseudo.weight.nonzero().flatten()
-            slots = self.slots(self.schedule.unlabelled_batch, part)
+            slots = self.slots(self.training.unlabelled_batch, part)
             kept += [slots[row] for row in rows.tolist()]
             parts.append(Part(labelled, features[part], answers[part][1], pseudo, rows))
         return Look(parts, self.views.strong(step, kept, self.learner.views) if kept else None)
 
     def _encoded(self, step: int, alone: bool) -> Iterator[Result]:
         look, self.ahead = self.ahead or self.look(step), None
-        if self.schedule.look_ahead and not alone and step + 1 < self.schedule.steps:
+        if self.training.look_ahead and not alone and step + 1 < self.training.steps:
             self.ahead = self.look(step + 1)
         strong = None if look.strong is None else look.strong()
         start = 0
@@ -314,7 +314,7 @@ class Engine:
                 # view by view, as the images
                 rows = rows.repeat(len(strong))
             start = stop
-            loss, features = self.student(images, targets, rows, part.pseudo, step / self.schedule.steps)
+            loss, features = self.student(images, targets, rows, part.pseudo, step / self.training.steps)
             seen = Seen(features, targets, part.weak, part.places, part.pseudo)
             yield loss, seen, (len(part.weak) + len(images), len(images))
 
@@ -328,7 +328,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=not self.split)
         losses, seen, rows = [], [], []
         for loss, part, encoded in parts:
-            (loss * (self.scale / self.schedule.parts) if self.scaled else loss).backward()
+            (loss * (self.scale / self.training.parts) if self.scaled else loss).backward()
             losses.append(loss.detach())
             seen.append(part)
             rows.append(encoded)
@@ -342,7 +342,7 @@ class Engine:
             tensor.copy_(torch.where(finite, tensor, self.before[name]))
         self.before = {}
         if self.mean_weights:
-            share = torch.where(finite, 1.0 - self.schedule.ema, 0.0)
+            share = torch.where(finite, 1.0 - self.training.ema, 0.0)
             for name, mean in self.mean_weights.items():
                 mean.lerp_(self.weights[name].detach(), share)
         encoded, trained = (sum(column) for column in zip(*rows, strict=True))
@@ -375,14 +375,14 @@ class Engine:
         # Fused optimizers read this flag on the device and then do nothing.
         self.optimizer.found_inf = largest(found_inf, self.world)
         self.optimizer.step()
-        if self.scaled and self.schedule.precision == "fp16":
+        if self.scaled and self.training.precision == "fp16":
             torch._amp_update_scale_(self.scale, self.scale_age, found_inf, GROWTH, BACKOFF, GROWTH_STEPS)
         return self.optimizer.found_inf == 0
 
     @torch.no_grad()
     def labelled_loss(self, step: int) -> float | None:
         """What the heads make of the labelled batch of the last step, `step`, after it, in nats; None: not finite."""
-        progress, (features, labels) = step / self.schedule.steps, self.labelled
+        progress, (features, labels) = step / self.training.steps, self.labelled
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         pseudo = self.learner.pseudo(features[:0], progress)
         loss = float(self.learner.loss(features, labels, features[:0], none, pseudo, progress))
@@ -455,20 +455,20 @@ def _check_fit(student: Student, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"expected {name} {list(place.shape)} in the checkpoint, got {got}")
 
 
-def _check(schedule: FineTuning, world: World, *, at_hand: bool, capture: bool) -> None:
+def _check(training: Training, world: World, *, at_hand: bool, capture: bool) -> None:
     for name in ("labelled_batch", "unlabelled_batch"):
-        size = getattr(schedule, name)
-        if size % (world.size * schedule.parts):
+        size = getattr(training, name)
+        if size % (world.size * training.parts):
             raise ValueError(
-                f"{name} must be a multiple of processes x parts, {world.size} x {schedule.parts}, got {size}"
+                f"{name} must be a multiple of processes x parts, {world.size} x {training.parts}, got {size}"
             )
-    if schedule.shard and world.size == 1:
+    if training.shard and world.size == 1:
         raise ValueError("shard must be False in a single process, got True; torchrun starts several")
     if at_hand:
         for name, plain in (("parts", 1), ("shard", False), ("look_ahead", False)):
-            if getattr(schedule, name) != plain:
+            if getattr(training, name) != plain:
                 raise ValueError(
-                    f"{name} must be {plain} with cached features, got {getattr(schedule, name)}"
+                    f"{name} must be {plain} with cached features, got {getattr(training, name)}"
                 )
     if capture and not (at_hand and world.size == 1):
         raise ValueError("capture needs cached features and a single process")

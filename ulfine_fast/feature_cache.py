@@ -23,11 +23,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ from ulfine_fast.features import FeatureData, class_means, unit_
 from ulfine_fast.image_data import shortened
 from ulfine_fast.images import ChosenImages
 from ulfine_fast.loader import ahead, default_workers, draws, view_batches
+from ulfine_fast.options import one_of
 
 if TYPE_CHECKING:
     from ulfine_fast.image_data import ImageData
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 
 Crops = Literal["single", "five"]
+VIEWS = {"single": 1, "five": 5}
 
 BLOCK = 256
 # Raised with every change of a draw, of a pixel or of what is in a block.
@@ -71,6 +73,70 @@ _LINE_SECONDS = 30.0
 _ABANDONED_SECONDS = 24 * 3600
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How views are encoded and where they are kept.
+
+    tower: as it was loaded, neither tuned nor centred; it stays so, on its device.
+    crops: plain views of an image, "single" or "five" (LIFT's test-time ensembling).
+    precision: of the tower's products, as `engine.encode`.
+    workers: threads that read and augment images, None: one for each processor, at most 16.
+    batch_size: views that are encoded together, >= 1. None: 16 on a processor, where fewer stay closer to its cache,
+        else 64. Like device and workers it selects no entry.
+    cache_dir: None: `cache.default_cache_dir`; one for all processes.
+    world: the processes that share the work, in a `distributed.process_group`; each gets all features.
+    progress: show a bar on a terminal, elsewhere log a line every 30 seconds.
+    refresh: encode everything again.
+
+    Raises ValueError for an argument outside its range.
+    """
+
+    tower: Tower
+    pipeline: Pipeline
+    crops: Crops = "single"
+    precision: str = "fp32"
+    workers: int | None = None
+    batch_size: int | None = None
+    cache_dir: Path | str | None = None
+    world: World = field(default_factory=World)
+    progress: bool = True
+    refresh: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"encoded_features: batch_size must be >= 1, got {self.batch_size}")
+        for name, known in (("crops", VIEWS), ("precision", DTYPES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"encoded_features: {name} must be {one_of(known, value)}")
+        tuning = self.tower.tuning
+        if tuning is not None or self.tower.centre.any():
+            raise ValueError(
+                "encoded_features: tower must be as it was loaded, got one that is "
+                + ("centred" if tuning is None else f"tuned by {tuning}")
+            )
+
+    def entry(self, part: _Part, views: _Views, rows: Tensor, report: ReadReport) -> _Entry:
+        """The entry of some views of a part, which get into `rows`."""
+        root = Path(default_cache_dir() if self.cache_dir is None else self.cache_dir)
+        encoder = {"version": VERSION, "encoder": self.tower.fingerprint, "precision": self.precision}
+        return _Entry(root, encoder, part, views, rows, report)
+
+    def fill(self, entries: Sequence[_Entry]) -> None:
+        """Read all entries, encoding what is missing."""
+        device = self.tower.centre.device
+        _fill(
+            entries,
+            partial(encode, self.tower, precision=self.precision),
+            workers=default_workers(self.world.on_machine) if self.workers is None else self.workers,
+            batch_size=self.batch_size or (16 if device.type == "cpu" else 64),
+            device=device,
+            world=self.world,
+            progress=self.progress and self.world.leads,
+            refresh=self.refresh,
+        )
+
+
 @torch.no_grad()
 def encoded_features(
     tower: Tower,
@@ -78,17 +144,10 @@ def encoded_features(
     pipeline: Pipeline,
     *,
     templates: Sequence[str] | None = None,
-    crops: Crops = "single",
     weak_copies: int = 2,
     strong_copies: int = 2,
     seed: int = 0,
-    precision: str = "fp32",
-    workers: int | None = None,
-    batch_size: int | None = None,
-    cache_dir: Path | str | None = None,
-    world: World | None = None,
-    progress: bool = True,
-    refresh: bool = False,
+    **options: Any,
 ) -> FeatureData:
     """Features of `data` for a head on a frozen tower, read from the cache or computed into it.
 
@@ -97,54 +156,32 @@ def encoded_features(
     3/4, 1/8, ... of it, so that the copies together show what the whole training would, however many there are.
 
     Args:
-        tower: as it was loaded, neither tuned nor centred; it stays so, on its device.
         data: "labelled" views are taken of the labelled images, "weak" and "strong" ones of the unlabelled images, plain
             ones of the test images and of those held out.
         templates: of the text prototypes, see `Tower.text_prototypes`. A tower without text gets class means.
-        crops: plain views of an image, "single" or "five" (LIFT's test-time ensembling).
         weak_copies: >= 1, independent views of each labelled and of each unlabelled image; strong_copies: >= 0. More
             copies later begin with the same ones.
         seed: >= 0, of the views.
-        precision: of the tower's products, as `engine.encode`.
-        workers: threads that read and augment images, None: one for each processor, at most 16.
-        batch_size: views that are encoded together, >= 1. None: 16 on a processor, where fewer stay closer to its cache,
-            else 64. Like device and workers it selects no entry.
-        cache_dir: None: `cache.default_cache_dir`; one for all processes.
-        world: the processes that share the work, in a `distributed.process_group`; each gets all features.
-        progress: show a bar on a terminal, elsewhere log a line every 30 seconds.
-        refresh: encode everything again.
+        options: those of `Encoding`.
 
     Returns rows x -> unit(x - m) in the fields of `FeatureData`: `test` and `validation` have V views of an image,
     `centre` is m, the mean of the labelled and weak views of all training images, each image once, for a tower that is
-    `centred` (which `Tower.centre` takes to encode further images); for others m is zero and `centre` None. An image that cannot be read in all its views is in no field, nor in `images`, and `data.report`
-    names it, also where it was found by an earlier run; how images were converted is told when they are encoded.
+    `centred` (which `Tower.centre` takes to encode further images); for others m is zero and `centre` None. An image
+    that cannot be read in all its views is in no field, nor in `images`, and `data.report` names it, also where it was
+    found by an earlier run; how images were converted is told when they are encoded.
 
     Raises ValueError for an argument outside its range, for a part without an image that can be read and for features
     that are not finite in float16, CacheError for a folder that cannot be used and MachineError for images that the
     machine could not read.
     """
-    world = world or World()
-    device = tower.centre.device
-    if batch_size is None:
-        batch_size = 16 if device.type == "cpu" else 64
+    encoding = Encoding(tower, pipeline, **options)
     for name, value, least in (
         ("weak_copies", weak_copies, 1),
         ("strong_copies", strong_copies, 0),
         ("seed", seed, 0),
-        ("batch_size", batch_size, 1),
     ):
         if value < least:
             raise ValueError(f"encoded_features: {name} must be >= {least}, got {value}")
-    if crops not in get_args(Crops):
-        raise ValueError(f"encoded_features: crops must be {' or '.join(get_args(Crops))}, got {crops!r}")
-    if tower.tuning is not None or tower.centre.any():
-        raise ValueError(
-            "encoded_features: tower must be as it was loaded, got one that is "
-            + ("centred" if tower.tuning is None else f"tuned by {tower.tuning}")
-        )
-    if precision not in DTYPES:
-        raise ValueError(f"encoded_features: precision must be one of {', '.join(DTYPES)}, got {precision!r}")
-    root = Path(default_cache_dir() if cache_dir is None else cache_dir)
     parts = {
         "labelled": _Part(data.train, data.labelled),
         "unlabelled": _Part(data.train, data.unlabelled),
@@ -161,29 +198,34 @@ def encoded_features(
         wanted["validation"] = ("validation", None, 1)
     features = {}
     for name, (part, kind, copies) in wanted.items():
-        several = 5 if kind is None and crops == "five" else 1
+        several = VIEWS[encoding.crops] if kind is None else 1
         features[name] = torch.zeros(copies, len(parts[part].rows), several, tower.dim)
 
     def entry(name: str, copy: int) -> _Entry:
         part, kind, _ = wanted[name]
         if kind is None:
-            views = _plain_views(tower, pipeline, crops)
+            views = _plain_views(tower, pipeline, encoding.crops)
         else:
             views = _random_views(tower, pipeline, kind, seed, copy, parts[part].rows)
-        encoder = {"version": VERSION, "encoder": tower.fingerprint, "precision": precision}
-        return _Entry(root, encoder, parts[part], views, features[name][copy], data.report)
+        return encoding.entry(parts[part], views, features[name][copy], data.report)
 
-    _fill(
-        [entry(name, copy) for name, (*_, copies) in wanted.items() for copy in range(copies)],
-        partial(encode, tower, precision=precision),
-        workers=default_workers(world.on_machine) if workers is None else workers,
-        batch_size=batch_size,
-        device=device,
-        world=world,
-        progress=progress and world.leads,
-        refresh=refresh,
-    )
+    encoding.fill([entry(name, copy) for name, (*_, copies) in wanted.items() for copy in range(copies)])
     return _without_unreadable(tower, data, templates, parts, features)
+
+
+@torch.no_grad()
+def encoded_test(
+    tower: Tower, images: ImageSource, pipeline: Pipeline, *, report: ReadReport, **options: Any
+) -> tuple[Tensor, np.ndarray]:
+    """The test images of `encoded_features` alone, [n, V, D] of those that can be read, and which can be, [N] bool.
+
+    Rows are as the tower gives them: neither centred nor of unit length. report: takes what cannot be read. options,
+    errors: as `encoded_features`.
+    """
+    encoding, part = Encoding(tower, pipeline, **options), _Part(images, np.arange(len(images)))
+    rows = torch.zeros(len(images), VIEWS[encoding.crops], tower.dim)
+    encoding.fill([encoding.entry(part, _plain_views(tower, pipeline, encoding.crops), rows, report)])
+    return rows[torch.from_numpy(part.readable)], part.readable
 
 
 class _Part:

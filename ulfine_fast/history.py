@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.checkpoint import CheckpointError
-from ulfine_fast.config import FineTuning, Schedule
+from ulfine_fast.config import Training
 from ulfine_fast.distributed import gather_rows
 from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.metrics import pseudo_label_metrics
@@ -163,25 +163,23 @@ def warn_of_collapse(record: dict[str, Any], history: list[dict[str, Any]]) -> N
         )
 
 
-def run_record(schedule: Schedule | FineTuning, result: TrainResult) -> dict[str, Any]:
+def run_record(training: Training, result: TrainResult) -> dict[str, Any]:
     """What a checkpoint says of a run beside its identity."""
     return {
         "steps": result.steps,
-        "planned": schedule.steps,
+        "planned": training.steps,
         "seconds": result.seconds,
         "history": result.history,
     }
 
 
-def resumed(
-    path: Path, record: Mapping[str, Any], schedule: Schedule | FineTuning, skips: Tensor
-) -> TrainResult:
+def resumed(path: Path, record: Mapping[str, Any], training: Training, skips: Tensor) -> TrainResult:
     """The result so far from the `run_record` of checkpoint `path`, and a line in the log about what follows.
 
     Another number of steps than was planned is a warning, for the cosine is another one; CheckpointError for fewer
     than are done.
     """
-    done, planned, steps = record["steps"], record["planned"], schedule.steps
+    done, planned, steps = record["steps"], record["planned"], training.steps
     if steps < done:
         raise CheckpointError(f"{path}: steps must be at least the {done} that are done, got {steps}")
     if done and steps != planned:
@@ -190,8 +188,8 @@ def resumed(
             " is not that of %d steps in one go",
             planned,
             done,
-            learning_rate(replace(schedule, steps=planned), done),
-            learning_rate(schedule, done),
+            learning_rate(replace(training, steps=planned), done),
+            learning_rate(training, done),
             steps,
         )
     LOGGER.info("going on after step %d of %d", done, steps)
@@ -238,13 +236,13 @@ class Window:
 
     def record(self, step: int, history: list[dict[str, Any]]) -> dict[str, Any]:
         """Add a record of the steps up to `step` to `history`, warn of what is wrong, return what there is to show."""
-        engine, schedule = self.engine, self.engine.schedule
+        engine, training = self.engine, self.engine.training
         seconds = time.perf_counter() - self.started
-        batch = schedule.labelled_batch + schedule.unlabelled_batch * engine.semi
+        batch = training.labelled_batch + training.unlabelled_batch * engine.semi
         loss = float(gather_rows([self.reports[-1].loss[None, None]], engine.world)[0].mean())
         record = {
             "step": step + 1,
-            "learning_rate": learning_rate(schedule, step),
+            "learning_rate": learning_rate(training, step),
             "loss": loss if math.isfinite(loss) else None,
             "loss_labelled": engine.labelled_loss(step),
             "images_per_second": batch * self.steps / seconds,

@@ -19,7 +19,7 @@ from ulfine_fast.checkpoint import (
     save_checkpoint,
     stop,
 )
-from ulfine_fast.config import FineTuning
+from ulfine_fast.config import Training
 from ulfine_fast.distributed import World, check_equal, largest
 from ulfine_fast.engine import Engine, Student, Views
 from ulfine_fast.history import MOST_SKIPS, TrainResult, Window, reporting, resumed, run_record
@@ -34,7 +34,7 @@ def train(
     student: Student,
     views: Views | FeatureViews,
     labelled_counts: np.ndarray,
-    schedule: FineTuning,
+    training: Training,
     *,
     world: World | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -44,9 +44,9 @@ def train(
     capture: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train `student` in place; at the end it holds the mean weights, where the schedule asks for them.
+    """Train `student` in place; at the end it holds the mean weights, where the training asks for them.
 
-    A learner that is not trained takes no step. With `schedule.shard` the tower is left split: its parameters are DTensors, `distributed.whole` has their values,
+    A learner that is not trained takes no step. With `training.shard` the tower is left split: its parameters are DTensors, `distributed.whole` has their values,
     and all processes encode equally many batches.
 
     Args:
@@ -56,15 +56,15 @@ def train(
         run_dir: where the first process writes checkpoints, None writes none.
         resume: continue from the checkpoint in `run_dir` if there is one. The result is bit by bit that of a run
             without interruption with the same number of processes and threads on the same machine; another number
-            of processes may go on, too, and with or without `schedule.shard`, and rounds differently.
+            of processes may go on, too, and with or without `training.shard`, and rounds differently.
         checkpoint_every: steps between two checkpoints; one more is written at the end and, without
-            `schedule.look_ahead`, one after the step in which SIGINT or SIGTERM comes (of several processes: the next
+            `training.look_ahead`, one after the step in which SIGINT or SIGTERM comes (of several processes: the next
             step at which they meet, at most 20 later).
         capture: run the steps on cached features as one CUDA graph, with the same bits.
         progress: show a progress bar on a terminal, and elsewhere log lines of level INFO.
 
     Returns:
-        TrainResult; its history has, every `schedule.log_every` steps and at the end: step, learning_rate, loss
+        TrainResult; its history has, every `training.log_every` steps and at the end: step, learning_rate, loss
         (nats, mean of the processes), loss_labelled (of the labelled batch alone after its step), images_per_second
         (labelled and unlabelled images of all processes), with images rows_encoded and rows_trained by this process
         per step since the last record, skipped, and with unlabelled images pseudo_labels (see
@@ -79,12 +79,12 @@ def train(
         multiple of 20), or the processes do not agree. KeyboardInterrupt, Terminated: a signal stopped it.
     """
     world = world or World()
-    engine = Engine(student, views, schedule, world, capture=capture)
-    steps = schedule.steps if engine.learner.trained else 0
+    engine = Engine(student, views, training, world, capture=capture)
+    steps = training.steps if engine.learner.trained else 0
     result, skips = TrainResult(), torch.zeros(3, dtype=torch.int64)
     path = None if run_dir is None else Path(run_dir) / CHECKPOINT
-    identity = {**(identity or {}), "schedule": schedule.identity()}
-    if schedule.look_ahead:
+    identity = {**(identity or {}), "training": training.identity()}
+    if training.look_ahead:
         # a step after a checkpoint does not look ahead, so that none of that has to be saved
         identity["checkpoint_every"] = checkpoint_every
     if resume and path is not None and path.exists():
@@ -103,7 +103,7 @@ def train(
             done = step + 1
             saves = path is not None and (done % checkpoint_every == 0 or done == steps)
             window.add(engine.step(step, alone=saves))
-            logs = done % schedule.log_every == 0 or done == steps
+            logs = done % training.log_every == 0 or done == steps
             waits = logs or saves or done % MOST_SKIPS == 0
             if waits:
                 result.skipped = window.skipped(done, steps)
@@ -119,7 +119,7 @@ def train(
                 # all of them end after the same step, one at which the host waits anyway
                 ends = int(largest(torch.tensor(ends, device=engine.device), world)) if waits else 0
             # what was looked ahead is in no checkpoint: such a run goes on from the one before
-            if saves or (ends and path is not None and not schedule.look_ahead):
+            if saves or (ends and path is not None and not training.look_ahead):
                 result.seconds = time.perf_counter() - started
                 _save(path, identity, engine, window.skips, result)
             if ends:
@@ -139,12 +139,12 @@ def _save(
 ) -> None:
     tensors = engine.whole_tensors()
     if engine.world.leads:
-        record = {**identity, **run_record(engine.schedule, result)}
+        record = {**identity, **run_record(engine.training, result)}
         save_checkpoint(path, {**tensors, "skips": skips}, record)
 
 
 def _restore(path: Path, identity: Mapping[str, Any], engine: Engine) -> tuple[TrainResult, Tensor]:
     tensors, record = load_checkpoint(path, identity)
-    result = resumed(path, record, engine.schedule, tensors["skips"])
+    result = resumed(path, record, engine.training, tensors["skips"])
     engine.load(tensors)
     return result, tensors["skips"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ulfine_fast.config import FineTuning, Schedule
+from ulfine_fast.config import Training
 
 MOMENTUM = 0.9
 
@@ -28,9 +28,9 @@ def fused_optimizer(groups: list[dict[str, Any]], kind: str, rate: float) -> tor
     return optimizer
 
 
-def learning_rate(schedule: Schedule | FineTuning, step: int) -> float:
-    """Cosine from `schedule.learning_rate` at step 0 to 0 at `schedule.steps`."""
-    return schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
+def learning_rate(training: Training, step: int) -> float:
+    """Cosine from `training.learning_rate` at step 0 to 0 at `training.steps`."""
+    return training.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / training.steps))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

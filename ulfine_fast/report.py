@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ulfine_fast.checkpoint import replacing
-from ulfine_fast.config import METHODS
+from ulfine_fast.config import METHODS, PRESETS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,11 +56,17 @@ def method_style(name: str) -> dict[str, Any]:
     """Colour, marker and layer of a method or branch: the same in every picture. Others share black dots."""
     if name in BRANCH_INDEX:
         index = BRANCH_INDEX[name]
-    elif name in METHODS:
-        index = list(METHODS).index(name) % len(PALETTE)
+    elif name in PRESETS:
+        # those with a frozen encoder first, in the colours of their eight
+        index = list(dict.fromkeys((*METHODS, *PRESETS))).index(name)
     else:
         return {"color": "black", "marker": "."}
-    return {"color": PALETTE[index], "marker": MARKERS[index], "zorder": 2 + index / 10}
+    turn, place = divmod(index, len(PALETTE))
+    return {
+        "color": PALETTE[place],
+        "marker": MARKERS[(place + turn) % len(MARKERS)],
+        "zorder": 2 + index / 10,
+    }
 
 
 def names_in_pictures(rows: Sequence[ClassRow]) -> list[str]:

@@ -35,7 +35,7 @@ LOCK = ".lock"
 PLACES = {
     "images": (
         "labelled", "unlabelled", "test", "table", "root", "train_list", "test_list", "imagenet127", "superclasses",
-        "class_names",
+        "class_names", "features",
     ),
     "encoder": ("model", "pretrained"),
 }  # fmt: skip
@@ -108,7 +108,7 @@ def _lock(folder: Path) -> int | None:
 def reserve(run_dir: Path, configuration: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:
     """`hold` `run_dir` where it may become, or is, the folder of `configuration`; nothing else is written.
 
-    A run that goes on keeps its method, schedule and split. It may be longer, report at other steps, and find images
+    A run that goes on keeps its method, training and split. It may be longer, report at other steps, and find images
     and weights at another place.
     """
     with hold(run_dir):
@@ -171,7 +171,7 @@ def _is_there(name: str, path: Path) -> bool:
 
 def _kept(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """What of a configuration a run keeps when it goes on."""
-    kept = {**configuration, "schedule": kept_when_continued(configuration["schedule"])}
+    kept = {**configuration, "training": kept_when_continued(configuration["training"])}
     for part, places in PLACES.items():
         if part in kept:
             kept[part] = {name: value for name, value in kept[part].items() if name not in places}
@@ -223,9 +223,7 @@ def read_configuration(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged: {error}") from error
     if not isinstance(configuration, dict):
         raise ValueError(f"{path}: expected an object, got {type(configuration).__name__}")
-    missing = {"images" if "images" in configuration else "data", "name", "method", "schedule"} - set(
-        configuration
-    )
+    missing = {"images", "encoder", "name", "method", "training"} - set(configuration)
     if missing:
         raise ValueError(f"{path}: expected {', '.join(sorted(missing))}, got none")
     return configuration
@@ -234,7 +232,7 @@ def read_configuration(run_dir: Path) -> dict[str, Any]:
 def load_run(run_dir: Path, configuration: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and record of the checkpoint in `run_dir`; FileNotFoundError where there is none yet.
 
-    CheckpointError where its method or schedule is not that of `configuration`.
+    CheckpointError where its method or training is not that of `configuration`.
     """
     path = run_dir / CHECKPOINT
     if not path.exists():
@@ -244,7 +242,7 @@ def load_run(run_dir: Path, configuration: Mapping[str, Any]) -> tuple[dict[str,
     if method.get("eta_folds"):
         # the record has the eta that was chosen
         method |= {name: record["method"][name] for name in ("eta", "eta_folds")}
-    expected = {"method": method, "schedule": configuration["schedule"]}
+    expected = {"method": method, "training": configuration["training"]}
     # a record has no more than what decides
     now = {part: {name: fields.get(name) for name in record[part]} for part, fields in expected.items()}
     difference = first_difference(now, {part: record[part] for part in expected})

@@ -47,7 +47,11 @@ CheckpointEvery = Annotated[
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Continue from the checkpoint in the run folder; --steps may be more."),
+    typer.Option(
+        "--resume",
+        help="Continue from the checkpoint in the run folder; --steps may be more.",
+        rich_help_panel=RUN,
+    ),
 ]
 Overwrite = _flag("--overwrite", "Replace a run folder of another configuration.")
 Deterministic = _flag("--deterministic", "Let torch use deterministic algorithms only.")

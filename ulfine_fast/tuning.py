@@ -18,6 +18,7 @@ from ulfine_fast.options import one_of
 from ulfine_fast.towers import Tower, TransformerBlock
 
 TUNINGS = {
+    "none": "nothing in the tower, whose features are computed once",
     "linear_probe": "nothing in the tower",
     "full": "all of the tower",
     "partial": "the last blocks",
@@ -94,9 +95,9 @@ def tunings_of(tower: Tower) -> list[str]:
     """The strategies that `tower` can have: for a plain vision transformer all of `TUNINGS`.
 
     "adaptformer" also exists for a lite tower; "partial" where the blocks are known; "ln_tune" where there are layer
-    norms; "linear_probe", "full" and "bitfit" everywhere.
+    norms; "none", "linear_probe", "full" and "bitfit" everywhere.
     """
-    possible = {"linear_probe", "full", "bitfit"}
+    possible = {"none", "linear_probe", "full", "bitfit"}
     if len(tower.blocks):
         possible.add("partial")
     if any(isinstance(module, nn.LayerNorm) for module in tower.modules()):

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ulfine_fast.batches import FeatureViews
-from ulfine_fast.config import FineTuning, Method
+from ulfine_fast.config import Method, Training
 from ulfine_fast.distributed import World
 from ulfine_fast.engine import Engine, Student
 from ulfine_fast.head import DualHead
-from ulfine_fast.learners import DualConfig, build_learner
+from ulfine_fast.learners import Config, build_learner
 from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.ops._rows import unit_rows
 
@@ -31,16 +31,16 @@ STEPS = 60
 # Share of the old branch scales: they follow a probe that moves fast.
 SCALE_DECAY = 0.9
 
-AnyMethod = TypeVar("AnyMethod", bound=Method)
+AnyMethod = TypeVar("AnyMethod", bound=Method | Config)
 
 
 def choose_eta(
-    features: Tensor, labels: Tensor, prototypes: Tensor, method: Method, schedule: FineTuning
+    features: Tensor, labels: Tensor, prototypes: Tensor, method: Method, training: Training
 ) -> dict[float, float]:
     """Mean cross-entropy on held-out labelled images, in nats, for each candidate; the smallest one is the choice.
 
     For each of `method.eta_folds` folds and each candidate a head is fitted to the other folds: prototypes as
-    `method` fits them to labelled images alone, the probe in 60 steps with the rest of `schedule`. A held-out
+    `method` fits them to labelled images alone, the probe in 60 steps with the rest of `training`. A held-out
     image is judged by the fused logits plus the labelled prior, what the labelled loss trains; images are plain
     (their first view). No unlabelled and no test image takes part.
 
@@ -50,26 +50,26 @@ def choose_eta(
     """
     device, classes = prototypes.device, len(prototypes)
     features, labels = features.to(device), labels.to(device)
-    folds = _folds(labels.cpu(), method.eta_folds, schedule.seed).to(device)
+    folds = _folds(labels.cpu(), method.eta_folds, training.seed).to(device)
     log_prior = method.adjust_labelled * labelled_log_prior(torch.bincount(labels, minlength=classes))
     totals = torch.zeros(len(ETAS), dtype=torch.float64, device=device)
     for fold in range(method.eta_folds):
         held_out = folds == fold
         rest = features[:, ~held_out], labels[~held_out]
         for number, eta in enumerate(ETAS):
-            head = _fit(*rest, prototypes, replace(method, eta=eta, eta_folds=0), schedule)
+            head = _fit(*rest, prototypes, replace(method, eta=eta, eta_folds=0), training)
             logits = head(features[0, held_out]) + log_prior
             totals[number] += F.cross_entropy(logits.double(), labels[held_out], reduction="sum")
     return dict(zip(ETAS, (totals / len(labels)).tolist(), strict=True))
 
 
 def settle_eta(
-    features: Tensor, labels: Tensor, prototypes: Tensor, method: AnyMethod, schedule: FineTuning
+    features: Tensor, labels: Tensor, prototypes: Tensor, method: AnyMethod, training: Training
 ) -> AnyMethod:
     """`method` with eta settled: the choice of `choose_eta`, or as it is without `eta_folds`."""
-    if not method.eta_folds:
+    if not getattr(method, "eta_folds", 0):
         return method
-    losses = choose_eta(features, labels, prototypes, method, schedule)
+    losses = choose_eta(features, labels, prototypes, method, training)
     return replace(method, eta=min(losses, key=losses.get), eta_folds=0)
 
 
@@ -88,18 +88,18 @@ def _folds(labels: Tensor, folds: int, seed: int) -> Tensor:
 
 
 def _fit(
-    features: Tensor, labels: Tensor, prototypes: Tensor, method: Method, schedule: FineTuning
+    features: Tensor, labels: Tensor, prototypes: Tensor, method: Method, training: Training
 ) -> DualHead:
-    config = DualConfig(**vars(replace(method, unlabelled_weight=0.0, orthogonality_weight=0.0)))
-    schedule = replace(schedule, steps=STEPS, parts=1, look_ahead=False, shard=False, ema=0.0)
+    config = replace(method, unlabelled_weight=0.0, orthogonality_weight=0.0)
+    training = replace(training, steps=STEPS, parts=1, look_ahead=False, shard=False, ema=0.0)
     counts = torch.bincount(labels, minlength=len(prototypes))
-    learner = build_learner(config, prototypes, counts, seed=schedule.seed)
+    learner = build_learner(config, prototypes, counts, seed=training.seed)
     head = learner.head
     if config.fitting == "posterior":
         _fit_prototypes(head, features[0], labels, counts, config.strength)
     # the views are features, which no encoder has to make
-    views = FeatureViews(features, labels, schedule, prototypes.device)
-    engine = Engine(Student(nn.Identity(), learner), views, schedule, World())
+    views = FeatureViews(features, labels, training, prototypes.device)
+    engine = Engine(Student(nn.Identity(), learner), views, training, World())
     for step in range(STEPS):
         rows = engine.batch(step).labelled
         scales = head.pseudo_label(rows, config.threshold, scale_rows=config.scale_rows).branch_scale

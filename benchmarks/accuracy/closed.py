@@ -7,7 +7,7 @@ from engine import Recipe, train, unit
 from torch import Tensor
 from torch.nn import functional as F
 
-from ulfine_fast.config import Schedule
+from ulfine_fast.config import Training
 from ulfine_fast.features import FeatureData
 
 
@@ -44,7 +44,7 @@ def discriminant(data: FeatureData, *, shrinkage: float, alpha: float, scale: fl
     return logits + alpha * scale * data.test @ unit(data.prototypes).T
 
 
-def debiased(data: FeatureData, recipe: Recipe, schedule: Schedule, *, scale: float) -> Tensor:
+def debiased(data: FeatureData, recipe: Recipe, schedule: Training, *, scale: float) -> Tensor:
     """Logits of a trained head plus zero-shot logits freed of their own class prior.
 
     Source: generalised logit adjustment (arXiv 2310.08106). The prior of the zero-shot classifier is the one that

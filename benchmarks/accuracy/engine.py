@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ulfine_fast.batches import Batch, FeatureViews
-from ulfine_fast.config import METHODS, Method, Schedule
+from ulfine_fast.config import METHODS, Method, Training
 from ulfine_fast.features import FeatureData
 from ulfine_fast.learners.dual import SMALLEST_KEPT_SHARE
 from ulfine_fast.losses import labelled_log_prior
@@ -85,7 +85,7 @@ def unit(rows: Tensor) -> Tensor:
 class Learner:
     """State of a run and its step; `train` is the loop."""
 
-    def __init__(self, data: FeatureData, recipe: Recipe, schedule: Schedule) -> None:
+    def __init__(self, data: FeatureData, recipe: Recipe, schedule: Training) -> None:
         self.data, self.recipe, self.schedule = data, recipe, schedule
         classes = len(data.class_names)
         self.text = unit(data.prototypes)
@@ -309,13 +309,13 @@ def optimizer_of(learner: Learner) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=MOMENTUM)
 
 
-def batch_of(views: FeatureViews, recipe: Recipe, schedule: Schedule, number: int) -> Batch:
+def batch_of(views: FeatureViews, recipe: Recipe, schedule: Training, number: int) -> Batch:
     unlabelled = schedule.unlabelled_batch if recipe.unlabelled_weight and len(views.unlabelled_truth) else 0
     return views.batch(number, range(schedule.labelled_batch), range(unlabelled), 1)
 
 
 @lru_cache(maxsize=16)
-def held_out_losses(data: FeatureData, recipe: Recipe, schedule: Schedule) -> dict[float, float]:
+def held_out_losses(data: FeatureData, recipe: Recipe, schedule: Training) -> dict[float, float]:
     """Cross-validated loss of each candidate for eta on labelled rows; see `ulfine_fast.validation`."""
     order = torch.from_numpy(np.random.default_rng((schedule.seed, 3)).permutation(len(data.labels)))
     by_class = torch.cat([order[data.labels[order] == k] for k in range(len(data.class_names))])
@@ -351,7 +351,7 @@ def held_out_losses(data: FeatureData, recipe: Recipe, schedule: Schedule) -> di
     return losses
 
 
-def train(data: FeatureData, recipe: Recipe, schedule: Schedule) -> Fitted:
+def train(data: FeatureData, recipe: Recipe, schedule: Training) -> Fitted:
     """Train `recipe` on `data` and read its balanced logits on the held-out rows."""
     if recipe.eta_folds:
         # What only unlabelled rows see does not change these losses: many recipes share them.

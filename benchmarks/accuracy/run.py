@@ -33,7 +33,7 @@ from methods import ABLATIONS, SWEEPS, Configuration
 from torch import Tensor
 from tqdm import tqdm
 
-from ulfine_fast.config import Schedule
+from ulfine_fast.config import CACHED, Training
 from ulfine_fast.features import FeatureData
 from ulfine_fast.splits import groups_by_rank
 
@@ -92,7 +92,7 @@ def execute(
     if preset == "discriminant":
         return discriminant(data, **options), {}
     rate = {"learning_rate": options.pop("learning_rate")} if "learning_rate" in options else {}
-    schedule = Schedule(seed=seed, **rate)
+    schedule = Training(seed=seed, steps=CACHED["steps"], **rate)
     if preset == "gla":
         scale = options.pop("scale")
         return debiased(data, recipe("lift", **options), schedule, scale=scale), {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ulfine_fast.config import METHODS, Method
 from ulfine_fast.learners.acr import Acr, AcrConfig
 from ulfine_fast.learners.ccl import Ccl, CclConfig
 from ulfine_fast.learners.daso import Daso, DasoConfig
-from ulfine_fast.learners.dual import DUAL, Dual, DualConfig
+from ulfine_fast.learners.dual import Dual
 from ulfine_fast.learners.finessl import FineSsl, FineSslConfig
 from ulfine_fast.learners.freematch import FreeMatch, FreeMatchConfig
 from ulfine_fast.learners.learner import Config, Learner, Pseudo
@@ -16,10 +17,10 @@ from ulfine_fast.learners.loft import Loft, LoftConfig
 from ulfine_fast.ops import _checks
 from ulfine_fast.options import one_of
 
-__all__ = ["LEARNERS", "Config", "DualConfig", "Learner", "Pseudo", "build_learner"]
+__all__ = ["LEARNERS", "Config", "Learner", "Pseudo", "build_learner"]
 
-LEARNERS: dict[str, DualConfig | Config] = {
-    **DUAL,
+LEARNERS: dict[str, Method | Config] = {
+    **METHODS,
     "freematch": FreeMatchConfig(),
     "daso": DasoConfig(),
     "acr": AcrConfig(),
@@ -29,7 +30,7 @@ LEARNERS: dict[str, DualConfig | Config] = {
 }
 
 _LEARNER_OF: dict[type, type[Learner]] = {
-    DualConfig: Dual,
+    Method: Dual,
     FreeMatchConfig: FreeMatch,
     DasoConfig: Daso,
     AcrConfig: Acr,
@@ -40,7 +41,7 @@ _LEARNER_OF: dict[type, type[Learner]] = {
 
 
 def build_learner(
-    method: str | DualConfig | Config, prototypes: Tensor, labelled_counts: Tensor, *, seed: int
+    method: str | Method | Config, prototypes: Tensor, labelled_counts: Tensor, *, seed: int
 ) -> Learner:
     """The learner of a method, on the device of the prototypes.
 

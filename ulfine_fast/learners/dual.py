@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ulfine_fast.config import METHODS, Method
+from ulfine_fast.config import Method
 from ulfine_fast.head import DualHead
-from ulfine_fast.learners.learner import Config, Learner, Pseudo
+from ulfine_fast.learners.learner import Learner, Pseudo
 from ulfine_fast.losses import LOSSES, labelled_log_prior, one_hot
 from ulfine_fast.ops import PseudoLabels, proto_logits
-from ulfine_fast.options import option, redefined
 
 if TYPE_CHECKING:
     from ulfine_fast.state import PrototypeState
@@ -25,30 +23,6 @@ if TYPE_CHECKING:
 # An adjustment by kept pseudo-labels is milder than one by the labelled prior, see `labelled_log_prior`.
 SMALLEST_KEPT_SHARE = 1e-4
 BRANCHES = {"fused": None, "linear": 1.0, "text": 0.0}
-
-
-@dataclass(frozen=True)
-class DualConfig(Method):
-    """A `Method` with what only image training can choose.
-
-    Raises ValueError, too, for another loss than "logit_adjustment" where the head is not a cosine probe alone.
-    """
-
-    labelled_loss: str = option(
-        "logit_adjustment", "A loss; the default alone reads adjust_labelled, its tau.", choices=tuple(LOSSES)
-    )
-    views: int = redefined(Config, "views", 1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.labelled_loss != "logit_adjustment" and not (self.eta == 1 and self.normalize_linear):
-            raise ValueError(
-                "labelled_loss must be logit_adjustment unless eta is 1 and normalize_linear is true, "
-                f"got {self.labelled_loss!r}"
-            )
-
-
-DUAL: dict[str, DualConfig] = {name: DualConfig(**vars(method)) for name, method in METHODS.items()}
 
 
 class Dual(Learner):
@@ -59,11 +33,11 @@ class Dual(Learner):
     Raises ValueError for a config whose eta is still to be chosen, see `validation.settle_eta`.
     """
 
-    def __init__(self, config: DualConfig, prototypes: Tensor, labelled_counts: Tensor, *, seed: int) -> None:
+    def __init__(self, config: Method, prototypes: Tensor, labelled_counts: Tensor, *, seed: int) -> None:
         super().__init__()
         self.config = config
         self.views = config.views
-        self.semi = config.unlabelled_weight > 0
+        self.semi = config.semi
         self.trained = config.trained
         self.head = build_head(prototypes, config, seed)
         self.register_buffer("labelled_counts", labelled_counts.clone())

@@ -168,3 +168,5 @@ class Config(Record):
     scale: float = option(25.0, "Inverse temperature of the heads.", at_least=1e-3, at_most=1e3)
     adjust_labelled: float = option(1.0, "tau of the logit adjustment by the labelled prior.", at_least=0)
     views: int = option(1, "Strong views of each unlabelled image.", choices=(1, 2))
+
+    semi = True  # whether unlabelled images are used

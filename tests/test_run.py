@@ -1,4 +1,4 @@
-"""Image training from its configuration to its metrics, on a CLIP of a few thousand weights."""
+"""Runs from their configuration to their metrics, on a CLIP of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ import torch
 from photos import LABELLED, NAMES, TEST, UNLABELLED, photos
 from safetensors import safe_open
 from safetensors.torch import save_file
+from synthetic import small_data
 from tiny_clip import tiny_clip
 from torch.nn import functional as F
 
-from ulfine_fast import augment, image_experiment, towers
+from ulfine_fast import build, towers
+from ulfine_fast import run as run_module
 from ulfine_fast.augment import build_pipeline, five_crops
+from ulfine_fast.batches import FeatureViews, ImageViews
+from ulfine_fast.build import Builder, class_rows, load_images
+from ulfine_fast.cache import CACHE_VARIABLE
 from ulfine_fast.checkpoint import CheckpointError, load_checkpoint
-from ulfine_fast.config import PRESETS, Encoder, FineTuning, Images
-from ulfine_fast.distributed import World
-from ulfine_fast.image_experiment import Reader, build_student, evaluate_run, export_run, load_images
+from ulfine_fast.config import PRESETS, Encoder, Images, Training
+from ulfine_fast.evaluation import metrics, predict
+from ulfine_fast.images import ReadReport
 from ulfine_fast.learners import LEARNERS
+from ulfine_fast.run import evaluate_run, export_run
 from ulfine_fast.towers import load_tower
 from ulfine_fast.tuning import TUNINGS
 from ulfine_fast.validation import ETAS
@@ -35,7 +41,14 @@ CPU = torch.device("cpu")
 STEPS = 3
 # of modules: a single unit that is never active would learn nothing
 WIDTH = 4
-WITHOUT_WIDTH = ("linear_probe", "full", "partial", "bitfit", "ln_tune", "ssf")
+WITHOUT_WIDTH = ("none", "linear_probe", "full", "partial", "bitfit", "ln_tune", "ssf")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +67,14 @@ def images(folder):
 
 
 class Run:
-    """A run of a preset with what it began from; `options` are fields of `FineTuning`."""
+    """A run of a preset with what it began from; `options` are fields of `Training`."""
 
     def __init__(self, images, encoder, preset="ulfine", method=None, **options):
         sizes = {"labelled_batch": 4, "unlabelled_batch": 8, "log_every": 1, "learning_rate": 0.1}
         self.preset = PRESETS[preset]
-        steps = self.preset.tuning.get("steps", STEPS)
-        schedule = FineTuning(**{**self.preset.tuning, **sizes, "steps": steps, **options})
-        self.schedule = replace(schedule, width=None if schedule.tuning in WITHOUT_WIDTH else WIDTH)
+        steps = self.preset.training.get("steps", STEPS)
+        training = Training(**{**self.preset.training, **sizes, "steps": steps, **options})
+        self.training = replace(training, width=None if training.tuning in WITHOUT_WIDTH else WIDTH)
         self.method = method or LEARNERS[self.preset.learner]
         self.encoder = encoder
         self.images = images
@@ -74,34 +87,39 @@ class Run:
             "encoder": vars(self.encoder),
             "name": self.name,
             "method": vars(self.method),
-            "schedule": vars(self.schedule),
+            "training": vars(self.training),
             "crops": self.preset.crops,
         }
 
     @property
+    def builder(self):
+        return Builder(self.encoder, self.method, self.training, CPU, workers=0, progress=False)
+
+    @property
     def reader(self):
-        pipeline = build_pipeline(self.schedule.pipeline)
-        size = image_experiment._tower(self.encoder, CPU, self.schedule.seed).size
-        return Reader(partial(augment.test_views, pipeline=pipeline, size=size), size, 0, CPU)
+        return self.builder._reader(self.builder.tower(), ReadReport())
 
     def start(self):
-        tower = image_experiment._tower(self.encoder, CPU, self.schedule.seed)
-        data = load_images(self.images)
-        return build_student(tower, data, self.encoder, self.method, self.schedule, self.reader)
+        with self.builder.setup(load_images(self.images)) as setup:
+            return setup.student
 
     def __call__(self, run_dir=None, data=None, **options):
         options = {"crops": self.preset.crops, "workers": 0, "checkpoint_every": 2, **options}
         data = data or load_images(self.images)
-        return image_experiment.run(
-            data, self.encoder, self.method, self.schedule, run_dir=run_dir, **options
-        )
+        return run_module.run(data, self.encoder, self.method, self.training, run_dir=run_dir, **options)
 
     def report(self, run_dir):
         """Run and write what the command writes; the outcome, and metrics.json."""
         data = load_images(self.images)
         outcome = self(run_dir, data)
-        image_experiment.write_run(run_dir, self.configuration, data, outcome)
+        run_module.write_run(run_dir, self.configuration, data, outcome)
         return outcome, json.loads((run_dir / "metrics.json").read_text())
+
+
+def readable(outcome, data):
+    """Rows of the test images that could be read."""
+    names = [data.test.name(row) for row in range(len(data.test))]
+    return [names.index(name) for name in outcome.test.names]
 
 
 def check_training(run):
@@ -124,16 +142,16 @@ def test_every_preset_trains_its_part_of_the_encoder_and_its_heads(images, clip,
     run = Run(images, Encoder(model=clip, space=space), preset)
     outcome, changed, trained = check_training(run)
     of_tower = {name for name in trained if name.startswith("tower.")}
-    assert bool(of_tower) == (run.schedule.tuning != "linear_probe")
+    assert bool(of_tower) == (run.training.tuning not in ("none", "linear_probe"))
     assert of_tower <= changed
     assert any(name.startswith("learner.") for name in changed)
     history = outcome.training.history
     assert all(("pseudo_labels" in record) == outcome.student.learner.semi for record in history)
     # of the test images that can be read
-    assert outcome.readable.sum() == len(NAMES) * TEST
-    for metrics in outcome.metrics.values():
-        assert 0 <= metrics["overall"] <= 1
-        assert len(metrics["per_class"]) == len(NAMES)
+    assert len(outcome.test.labels) == len(NAMES) * TEST
+    for found in outcome.metrics.values():
+        assert 0 <= found["overall"] <= 1
+        assert len(found["per_class"]) == len(NAMES)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
@@ -211,19 +229,18 @@ def test_five_crops_are_the_mean_of_logits(images, clip, preset):
     run = Run(images, Encoder(model=clip), preset)
     outcome = run(crops="five")
     data, student = load_images(images), outcome.student
-    pipeline = build_pipeline(run.schedule.pipeline)
+    pipeline = build_pipeline(run.training.pipeline)
     crops = partial(five_crops, size=student.tower.size, patch=8, resampling=pipeline.resampling)
-    pictures = [data.test.read(row) for row in np.flatnonzero(outcome.readable)]
+    pictures = [data.test.read(row) for row in readable(outcome, data)]
     with torch.no_grad():
         logits = [student.learner.logits(student.tower(crops(picture))).mean(0) for picture in pictures]
     confidence, label = torch.stack(logits).softmax(-1).max(-1)
     found = next(iter(outcome.predictions.values()))
     assert torch.equal(found.label, label)
     assert torch.allclose(found.confidence, confidence, atol=1e-6)
-    single, _, _ = image_experiment.evaluate(
-        student, data.test, data.test_labels, data.labelled_counts, pipeline, run.reader, world=World()
-    )
-    assert single != outcome.metrics
+    single = run.builder.test_set(student, data.test, data.test_labels, ReadReport())
+    one_view = metrics(predict(student.learner, single.features), single.labels, data.labelled_counts)
+    assert one_view != outcome.metrics
 
 
 @pytest.mark.parametrize(
@@ -236,6 +253,79 @@ def test_evaluation_gives_the_metrics_of_the_run(images, clip, tmp_path, preset,
     assert steps == STEPS
     assert metrics == outcome.metrics
     assert reading.startswith("unreadable images: 2 not an image in JPEG")
+
+
+@pytest.mark.parametrize(("preset", "crops"), [("ulfine", "single"), ("acr", "five")])
+def test_evaluation_of_a_frozen_encoder_gives_the_metrics_of_the_run(images, clip, tmp_path, preset, crops):
+    run = Run(images, Encoder(model=clip), preset, tuning="none")
+    outcome = run(tmp_path, crops=crops)
+    steps, found, reading = evaluate_run(tmp_path, run.configuration | {"crops": crops})
+    assert (steps, found) == (STEPS, outcome.metrics)
+    assert "2 not an image in JPEG" in reading
+
+
+def test_a_frozen_encoder_is_the_same_with_views_that_are_encoded_once_or_anew(images, clip):
+    """Without a step: the first prototypes, and what the text makes of the test images."""
+    once, anew = (Run(images, Encoder(model=clip), "zero_shot", tuning=t)() for t in ("none", "linear_probe"))
+    assert once.metrics["fused"]["overall"] == anew.metrics["fused"]["overall"]
+    heads = [outcome.student.learner.head.state_dict() for outcome in (once, anew)]
+    for name, tensor in heads[0].items():
+        torch.testing.assert_close(tensor, heads[1][name], msg=name)
+
+
+@pytest.mark.usefixtures("embedded")
+def test_features_of_a_centred_tower_are_those_of_further_images(images):
+    run = Run(images, Encoder(size=32), tuning="none")
+    outcome = run()
+    data, student = load_images(images), outcome.student
+    assert student.tower.centre.any()
+    views = [run.reader.views(data.test.read(row))[0] for row in readable(outcome, data)]
+    with torch.no_grad():
+        rows = F.normalize(student.tower(torch.stack(views)), dim=-1)
+    torch.testing.assert_close(outcome.test.features[:, 0], rows, atol=2e-3, rtol=0)
+
+
+def test_a_method_that_reads_no_unlabelled_image_encodes_none(images, clip):
+    run = Run(images, Encoder(model=clip), "lift", tuning="none")
+    with run.builder.setup(load_images(images)) as setup:
+        assert len(setup.views.unlabelled_truth) == 0
+    assert Run(images, Encoder(model=clip), "lift", tuning="none")().training.steps == STEPS
+
+
+def test_features_of_ones_own_train_without_an_encoder(tmp_path):
+    data = small_data()
+    np.savez(
+        tmp_path / "mine.npz",
+        **{name: getattr(data, name).numpy() for name in ("labelled", "labels", "weak", "strong", "test")},
+        test_labels=data.test_labels.numpy(),
+        prototypes=data.prototypes.numpy(),
+    )
+    images = Images(features=f"{tmp_path}/mine.npz")
+    run = Run(images, Encoder(), tuning="none", steps=30)
+    outcome, _ = run.report(tmp_path / "run")
+    assert outcome.metrics["fused"]["overall"] > 0.8
+    assert evaluate_run(tmp_path / "run", run.configuration)[1] == outcome.metrics
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} >= {"pseudo_labels.png"}
+    export_run(tmp_path / "run", run.configuration, tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match="tuning must be none with features, got 'lora'"):
+        Run(images, Encoder(), tuning="lora")()
+
+
+def test_a_frozen_run_that_was_cut_goes_on_bit_by_bit(images, clip, tmp_path, monkeypatch):
+    run = Run(images, Encoder(model=clip), "daso", tuning="none", steps=6)
+    whole = run(tmp_path / "whole")
+    batch = FeatureViews.batch
+
+    def stop(self, step, *slots):
+        if step == 5:
+            raise KeyboardInterrupt
+        return batch(self, step, *slots)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureViews, "batch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut")
+    assert run(tmp_path / "cut", resume=True).digest == whole.digest
 
 
 def test_a_run_from_random_weights_is_evaluated_with_them(images, tmp_path):
@@ -261,7 +351,7 @@ def test_an_exported_head_gives_the_logits(images, clip, tmp_path, encoder):
         head = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         assert json.loads(file.metadata()["class_names"]) == list(NAMES)
     student, data = outcome.student, load_images(images)
-    raw = torch.stack([run.reader.views(data.test.read(row))[0] for row in np.flatnonzero(outcome.readable)])
+    raw = torch.stack([run.reader.views(data.test.read(row))[0] for row in readable(outcome, data)])
     with torch.no_grad():
         features = student.tower(raw) + student.tower.centre
         if encoder == "clip":
@@ -287,7 +377,7 @@ def test_ulfine_plus_keeps_the_eta_that_it_chose(images, clip, tmp_path, monkeyp
     assert load_checkpoint(tmp_path / "whole/checkpoint.safetensors")[1]["eta"] == eta
     assert evaluate_run(tmp_path / "whole", run.configuration)[1] == whole.metrics
 
-    step = image_experiment.ImageViews.labelled
+    step = ImageViews.labelled
 
     def stop(self, number, slots):
         if number == 2:
@@ -295,7 +385,7 @@ def test_ulfine_plus_keeps_the_eta_that_it_chose(images, clip, tmp_path, monkeyp
         return step(self, number, slots)
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_experiment.ImageViews, "labelled", stop)
+        patch.setattr(ImageViews, "labelled", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "cut", checkpoint_every=1)
     resumed = run(tmp_path / "cut", resume=True, checkpoint_every=1)
@@ -308,7 +398,7 @@ def test_unknown_classes_are_not_counted(images, folder, clip, tmp_path, known):
     images = replace(images, unlabelled=f"{folder}/known") if known else images
     outcome, record = Run(images, Encoder(model=clip)).report(tmp_path)
     counts = [UNLABELLED, UNLABELLED, UNLABELLED + 1] if known else [None] * 3
-    rows = image_experiment.class_rows(load_images(images))
+    rows = class_rows(load_images(images))
     assert [row.unlabelled for row in rows] == counts
     assert [row.labelled for row in rows] == [*LABELLED[:2], LABELLED[2] + 1]
     assert [row["unlabelled"] for row in record["classes"]] == counts
@@ -322,7 +412,7 @@ def test_one_unknown_class_leaves_no_counts(images, folder):
     data = load_images(replace(images, unlabelled=f"{folder}/known"))
     truth = data.unlabelled_truth.copy()
     truth[0] = -1
-    rows = image_experiment.class_rows(replace(data, unlabelled_truth=truth))
+    rows = class_rows(replace(data, unlabelled_truth=truth))
     assert [row.unlabelled for row in rows] == [None] * 3
 
 
@@ -394,7 +484,7 @@ def test_a_finished_run_stands_without_its_training_images(clip, tmp_path):
     export_run(tmp_path / "run", run.configuration, tmp_path / "head.safetensors")
 
 
-@pytest.mark.parametrize(("part", "change"), [("schedule", {"seed": 1}), ("method", {"threshold": 0.1})])
+@pytest.mark.parametrize(("part", "change"), [("training", {"seed": 1}), ("method", {"threshold": 0.1})])
 def test_a_checkpoint_of_another_configuration_is_not_evaluated(images, clip, tmp_path, part, change):
     run = Run(images, Encoder(model=clip))
     run(tmp_path / "run")
@@ -420,7 +510,7 @@ def test_unlabelled_images_are_twice_the_labelled_ones_unless_they_come_along(
     monkeypatch, name, given, asked
 ):
     calls = []
-    monkeypatch.setattr(image_experiment, "dataset_data", lambda name, **options: calls.append(options))
+    monkeypatch.setattr(build, "dataset_data", lambda name, **options: calls.append(options))
     load_images(Images(dataset=name, unlabelled_largest=given))
     assert calls[0]["unlabelled_largest"] == asked
 
