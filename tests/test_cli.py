@@ -25,7 +25,7 @@ from tiny_clip import tiny_clip
 from typer.testing import CliRunner
 
 import ulfine_fast
-from ulfine_fast import _native, backend, build, cli, report
+from ulfine_fast import _native, backend, build, cli, compare, report
 from ulfine_fast.batches import FeatureViews, ImageViews
 from ulfine_fast.cache import CACHE_VARIABLE
 from ulfine_fast.checkpoint import Terminated, load_checkpoint
@@ -167,7 +167,8 @@ def test_a_damaged_configuration_can_be_overwritten(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_found_before_any_work(monkeypatch):
-    monkeypatch.setattr(build, "load_images", lambda choice: pytest.fail("too late"))
+    for module in (build, compare):
+        monkeypatch.setattr(module, "load_images", lambda choice: pytest.fail("too late"))
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     for words in (["train", *QUICK], ["demo"], ["compare", *QUICK]):
         result = call(*words, "--out", "runs/a", code=1)

@@ -223,7 +223,7 @@ def test_places_in_a_batch_are_in_the_order_in_which_rows_are_gathered():
     schedule = replace(SHORT, parts=3)
     places = [
         [
-            Engine.slots(SimpleNamespace(world=World(2, rank), schedule=schedule), 24, part)
+            Engine.slots(SimpleNamespace(world=World(2, rank), training=schedule), 24, part)
             for rank in range(2)
         ]
         for part in range(3)
@@ -285,7 +285,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     run(student_of(), identity={"data": "small"}, **options)
     with pytest.raises(CheckpointError, match="data: expected 'small', got 'other'"):
         run(student_of(), identity={"data": "other"}, resume=True, **options)
-    with pytest.raises(CheckpointError, match="schedule.learning_rate"):
+    with pytest.raises(CheckpointError, match="training.learning_rate"):
         run(
             student_of(),
             replace(SHORT, learning_rate=0.1),

@@ -535,7 +535,7 @@ def test_resume_without_checkpoint_starts_from_the_beginning(tmp_path):
     ("change", "field"),
     [
         ({"method": replace(ULFINE, mu=0.1)}, r"method\.mu: expected 0\.2, got 0\.1"),
-        ({"schedule": replace(SCHEDULE, seed=1)}, r"schedule\.seed: expected 0, got 1"),
+        ({"schedule": replace(SCHEDULE, seed=1)}, r"training\.seed: expected 0, got 1"),
         ({"schedule": replace(SCHEDULE, steps=30)}, r"steps must be at least the 40 that are done, got 30"),
         ({"data": small_data(seed=1)}, r"data\.labelled"),
     ],
