@@ -413,6 +413,13 @@ def test_a_loss_no_better_than_a_guess_is_warned_of_once(caplog, rate, warns):
     assert all(text.endswith("lower the learning rate") for text in found)
 
 
+def test_a_short_run_that_has_diverged_is_warned_of_at_its_end(caplog):
+    run(student_of("lift"), replace(SHORT, learning_rate=100.0, steps=6, log_every=3))
+    found = [r.getMessage() for r in caplog.records if "no better than a guess by class size" in r.message]
+    assert len(found) == 1
+    assert "nats over the last 2 records" in found[0]
+
+
 def test_a_resumed_run_remembers_the_steps_in_a_row_that_changed_nothing(tmp_path):
     schedule = replace(SHORT, steps=30)
     broken = student_of()

@@ -128,7 +128,7 @@ def test_files_that_are_left_out(tree: Path) -> None:
     data = folders(tree)
     assert data.labelled_counts.tolist() == [2, 1]
     assert data.notes == (
-        "labelled: skipped 6 entries, by name no images in JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, AVIF, JPEG2000:"
+        "labelled: skipped 6 files, by name no images in JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, AVIF, JPEG2000:"
         " .heic 1, .txt 2, dead link 1, no regular file 1, without extension 1",
         f"labelled: skipped 1 images outside a class folder: {tree}/labelled/stray.png",
     )

@@ -72,7 +72,7 @@ def test_root_of_a_table(tree: Path) -> None:
     (tree / "tables").mkdir()
     path = written(tree / "tables", TABLE)
     assert len(table_data(path, tree).train) == 4
-    with pytest.raises(ValueError, match=r"^labelled must name image files, got .*, which is none$"):
+    with pytest.raises(ValueError, match=r"^labelled must name image files, got .*, which is not there$"):
         table_data(path)
     absolute = TABLE.replace("labelled/cat/1.png", str(tree / "labelled/cat/1.png"))
     assert len(table_data(written(tree / "tables", absolute), tree).train) == 4

@@ -98,6 +98,18 @@ def test_a_lock_is_not_written_through_a_link(tmp_path):
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+def test_a_lock_of_another_user_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.open", refuse)
+    with (
+        pytest.raises(PermissionError, match=r"expected a folder whose \.lock this user may write"),
+        hold(tmp_path),
+    ):
+        pass
+
+
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     make(tmp_path)
     left = [".checkpoint.4711.safetensors", ".checkpoint.0123456789abcdef.safetensors", ".metrics.ab.json"]

@@ -80,7 +80,7 @@ def assert_follows(function, learned: dict, fixed: dict, backend: str, size: flo
     exact = called(
         function, *({k: wide(v) for k, v in given.items()} for given in (learned, fixed)), "reference"
     )
-    close = {"rtol": 1e-3, "atol": 1e-4 * size, "equal_nan": True}
+    close = {"rtol": 1e-3, "atol": 2e-6 * size, "equal_nan": True}
     torch.testing.assert_close(got[0].double(), exact[0], **close)
     for one, other, rows in zip(got[1:], exact[1:], learned.values(), strict=True):
         # The gradient of a row has one over its norm.

@@ -122,19 +122,20 @@ def check_skips(skips: Tensor, loss: Tensor, done: int, steps: int, remedy: str)
         )
 
 
-def warn_of_guessing(history: list[dict[str, Any]], log_prior: Tensor) -> None:
+def warn_of_guessing(history: list[dict[str, Any]], log_prior: Tensor, *, ended: bool = False) -> None:
     """Log a warning when the labelled loss of the last records begins to be no better than a guess by class size.
 
     log_prior: [C] of the labelled classes; the guess costs their entropy, in nats. That is how a rate that is too high
-    shows while all numbers are finite.
+    shows while all numbers are finite. ended: of a run that is over, fewer records have to do.
     """
     guess = float(-(log_prior.exp() * log_prior).sum())
+    enough = min(GUESSING_RECORDS, len(history)) if ended else GUESSING_RECORDS
 
     def guesses(records: list[dict[str, Any]]) -> bool:
         losses = [record["loss_labelled"] for record in records]
-        return len(losses) == GUESSING_RECORDS and None not in losses and sum(losses) >= guess * len(losses)
+        return len(losses) == enough and None not in losses and sum(losses) >= guess * len(losses)
 
-    before, last = history[-GUESSING_RECORDS - 1 : -1], history[-GUESSING_RECORDS:]
+    before, last = history[-enough - 1 : -1], history[-enough:]
     if guesses(last) and not guesses(before):
         LOGGER.warning(
             "step %d: the labelled loss, %.2f nats over the last %d records, is no better than a guess by class size"
@@ -258,7 +259,7 @@ class Window:
             # of C numbers: hundreds of them would be more than a checkpoint can hold beside its tensors
             history[-1].pop("distribution", None)
         history.append(record)
-        warn_of_guessing(history, self.log_prior)
+        warn_of_guessing(history, self.log_prior, ended=step + 1 == training.steps)
         self.clear()
         shown = {"loss": record["loss"]}
         acceptance = record.get("pseudo_labels", {}).get("fused", {}).get("acceptance")

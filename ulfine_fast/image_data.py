@@ -160,8 +160,9 @@ def data_of_files(
                 )
         if len(kept) < len(found):
             notes.append(f"{part}: {len(found) - len(kept)} images are listed twice and used once")
-        if found and not Path(found[0].path).is_file():
-            raise ValueError(f"{part} must name image files, got {found[0].path}, which is none")
+        # what is there and no image is left out when it is read
+        if found and not Path(found[0].path).exists():
+            raise ValueError(f"{part} must name image files, got {found[0].path}, which is not there")
         distinct[part] = kept
 
     labelled, unlabelled, test = (distinct[part] for part in ("labelled", "unlabelled", "test"))

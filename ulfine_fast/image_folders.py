@@ -110,7 +110,7 @@ def _first_level(part: str, folder: Path, notes: list[str]) -> dict[str, list[tu
     if skipped:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(skipped.items()))
         notes.append(
-            f"{part}: skipped {skipped.total()} entries, by name no images in {', '.join(FORMATS)}: {kinds}"
+            f"{part}: skipped {skipped.total()} files, by name no images in {', '.join(FORMATS)}: {kinds}"
         )
     several = [name for name, count in folders.items() if count > 1]
     if several:

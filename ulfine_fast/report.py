@@ -138,7 +138,7 @@ def save_pseudo_labels(path: Path, curves: Mapping[str, Sequence[Mapping[str, An
     }
     # what lies below is broader, for methods may agree
     below = sorted(curves, key=lambda name: method_style(name).get("zorder", 2))
-    widths = dict(zip(below, np.linspace(3.5, 1.2, len(below)), strict=True))
+    widths = dict(zip(below, np.linspace(3.5 if len(below) > 1 else 1.2, 1.2, len(below)), strict=True))
     with _figure(path, (2 + 3 * len(panels), 4)) as figure:
         grid = figure.subplots(1, len(panels), sharex=True, squeeze=False)
         for axes, (key, label) in zip(grid[0], panels.items(), strict=True):

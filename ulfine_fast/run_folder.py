@@ -79,6 +79,11 @@ def _lock(folder: Path) -> int | None:
         except FileNotFoundError:
             # a process that left the folder empty has just removed it
             continue
+        except PermissionError as error:
+            raise PermissionError(
+                f"{folder}: expected a folder whose {LOCK} this user may write, got one of another user;"
+                " choose another --out"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the process that held it may have removed it since it was opened

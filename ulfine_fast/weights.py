@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -128,7 +129,13 @@ def _is_script(path: Path, size: int) -> bool:
 def _pickled(path: Path) -> object:
     try:
         # timm and others save the arguments of a training script, which are plain data
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            path.open("rb") as file,
+            warnings.catch_warnings(),
+        ):
+            # of old formats; what is wrong with a file is said below
+            warnings.simplefilter("ignore")
             # a file, not its path: torch goes by the extension of a path
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
