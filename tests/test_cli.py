@@ -521,7 +521,7 @@ def pictures(tmp_path):
     ]
 
 
-def test_training_of_images_writes_everything_and_says_what_it_did(tmp_path, pictures):
+def test_a_run_on_images_writes_everything_and_says_what_it_did(tmp_path, pictures):
     result = call("train", *pictures, "--out", "runs/a")
     run = tmp_path / "runs/a"
     assert {path.name for path in run.iterdir()} == PICTURES | {
@@ -629,7 +629,7 @@ def test_a_console_of_another_encoding_shows_what_it_lacks(monkeypatch):
     assert stream.buffer.getvalue().decode("latin-1") == "\\u732b caf\u00e9 \\udcff\n"
 
 
-def test_training_of_images_says_which_eta_it_chose(tmp_path, pictures):
+def test_a_run_on_images_says_which_eta_it_chose(tmp_path, pictures):
     result = call("train", *pictures, "--method", "ulfine_plus", "--out", "runs/a")
     eta = strict(tmp_path / "runs/a/metrics.json")["eta"]
     assert f"eta {eta:g}, chosen on 3 folds of the labelled images" in result.output
@@ -663,7 +663,7 @@ def test_training_of_images_says_which_eta_it_chose(tmp_path, pictures):
         ),
     ],
 )
-def test_wrong_usage_of_training_of_images_is_2(tmp_path, words, message):
+def test_wrong_usage_with_images_is_2(tmp_path, words, message):
     result = call("train", *words, code=2)
     assert message in " ".join(result.output.replace("│", " ").split())
     assert [path.name for path in tmp_path.iterdir()] == ["mine.npz"]
@@ -688,7 +688,7 @@ def test_wrong_usage_of_training_of_images_is_2(tmp_path, words, message):
         (["--method", "zero_shot"], "steps must be 0 for a method that is not trained, got 6"),
     ],
 )
-def test_what_cannot_be_rund_leaves_no_folder(tmp_path, pictures, words, message):
+def test_what_cannot_be_trained_leaves_no_folder(tmp_path, pictures, words, message):
     (tmp_path / "empty").mkdir()
     for name in ("a", "b"):
         (tmp_path / "broken" / name).mkdir(parents=True)
@@ -713,7 +713,7 @@ def test_weights_that_cannot_be_downloaded_can_be_named(pictures, monkeypatch):
     assert last.endswith("without a network, name a checkpoint file as pretrained, or a folder as model")
 
 
-def test_a_failed_training_of_images_keeps_the_run_that_it_was_to_replace(tmp_path, pictures):
+def test_a_failed_run_keeps_the_run_that_it_was_to_replace(tmp_path, pictures):
     call("train", *pictures, "--out", "runs/a")
     before = {path.name: path.read_bytes() for path in (tmp_path / "runs/a").iterdir()}
     result = call("train", *pictures, "--seed", "1", "--out", "runs/a", code=1)
@@ -724,7 +724,7 @@ def test_a_failed_training_of_images_keeps_the_run_that_it_was_to_replace(tmp_pa
     assert strict(tmp_path / "runs/a/config.json")["images"]["seed"] == 1
 
 
-def test_an_interrupted_training_of_images_says_how_to_go_on(tmp_path, pictures, monkeypatch):
+def test_an_interrupted_run_on_images_says_how_to_go_on(tmp_path, pictures, monkeypatch):
     call("train", *pictures, "--out", "runs/whole")
     weak = ImageViews.weak
     words = ["train", *pictures, "--checkpoint-every", "2", "--out", "runs/cut"]
@@ -821,7 +821,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, pictures):
     assert cut["metrics"] == whole["metrics"]
 
 
-def test_a_training_of_images_says_how_far_it_is_and_where_it_goes_on(tmp_path, pictures):
+def test_a_run_says_how_far_it_is_and_where_it_goes_on(tmp_path, pictures):
     lines = call("train", *pictures, "--out", "runs/a").output.splitlines()
     said = [line for line in lines if re.match(r"step \d of 6, .*about \d+ s to go$", line)]
     assert [line.split()[1] for line in said] == ["2", "3", "4", "6"]

@@ -1,4 +1,4 @@
-"""Bridge to the compiled extension: the only file that handles raw pointers, scratch memory and streams.
+"""Bridge to the compiled extension: with `_cuda` the only file that handles raw pointers and scratch memory.
 
 The extension knows nothing of torch: it takes addresses, sizes and a thread count. Every function here
 receives tensors that the public op has checked, widens them to contiguous float32, allocates the outputs and

@@ -101,7 +101,7 @@ def _duration(seconds: float) -> str:
 
 
 def count_skips(skips: Tensor, finite: Tensor) -> Tensor:
-    """The steps that changed nothing, in a row, the longest row and all, [3] int64, after one more step.
+    """Skips, the steps that changed nothing, after one more step: [3] int64, in the current streak, the longest, all.
 
     finite: [] bool; nothing waits for the device to know.
     """

@@ -19,7 +19,7 @@ UNKNOWN = -1
 NUMBERED = "classes are called by their number; text prototypes need names"
 
 
-# Equal is identical: a comparison of arrays has no truth value.
+# eq=False: comparing arrays gives an array, which has no truth value.
 @dataclass(frozen=True, eq=False)
 class ImageData:
     """A long-tailed, partly labelled image set; C is the number of classes.

@@ -19,6 +19,8 @@ SMALLEST_SHARE = 1e-4
 SMALLEST_SCALE = 1e-6
 RATIO_BOUNDS = (0.01, 100.0)
 
+# Arguments of the op before and behind the tensors that it writes to.
+_BEFORE_STATE, _AFTER_STATE = 12, 8
 torch.library.define(
     "ulfine::_state_update_",
     "(Tensor features, Tensor targets, Tensor weak, Tensor label, Tensor keep, Tensor? copies, "
@@ -39,7 +41,8 @@ def _(*arguments: object) -> None:
 def _(*arguments: object) -> None:
     _cuda.state_update_(*arguments)
     # The kernel writes behind autograd's back: a graph that saved a state tensor must notice.
-    torch.autograd.graph.increment_version(arguments[12:21])
+    state = arguments[_BEFORE_STATE:-_AFTER_STATE]
+    torch.autograd.graph.increment_version(state)
 
 
 class PrototypeState(nn.Module):

@@ -5,7 +5,7 @@
     tau = largest_tau * softmax(d)_labelled
     d_a = (KL(u || a) + KL(a || u)) / 2    for a = labelled prior pi, uniform, labelled prior in reversed ranks
 
-u: estimate of the unlabelled prior, from the kept pseudo-labels of the balanced head. An u like pi needs no
+u: estimate of the unlabelled prior, from the kept pseudo-labels of the balanced head. A u like pi needs no
 adjustment (tau near 0), a uniform one takes the labelled prior out (1), a reversed one overshoots (2).
 
 Source: "Towards Realistic Long-Tailed Semi-Supervised Learning: Consistency Is All You Need" (CVPR 2023): two heads,

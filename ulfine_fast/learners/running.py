@@ -9,7 +9,7 @@ from ulfine_fast.ops._rows import unit_rows, without_autocast
 
 
 class RunningSum(nn.Module):
-    """Sum of what the last `window` share of the steps so far has added.
+    """Sum over the last `window` of the run so far, each step fading as new ones come.
 
         sum <- (1 - 1 / (1 + window * t)) * sum + amount     at step t = 0, 1, ...
 

@@ -88,6 +88,7 @@ def _(features, targets, histogram, textual, visual, seen, distribution, mu, bet
 @torch.library.impl("ulfine::_proto_fit_", ("cpu", "cuda"))
 def _(*arguments):
     *inputs, backend = arguments
+    _, _, _, *state, _, _, _ = inputs
     if backend == "triton":
         from ulfine_fast.kernels.proto_fit import proto_fit_triton_
 
@@ -95,7 +96,7 @@ def _(*arguments):
     else:
         (_cuda if backend == "cuda" else _native).proto_fit_(*inputs)
     # The kernel writes behind autograd's back: a graph that saved a state tensor must notice.
-    torch.autograd.graph.increment_version(arguments[3:7])
+    torch.autograd.graph.increment_version(state)
 
 
 def proto_fit(
