@@ -1,4 +1,5 @@
-// The extension module: addresses and sizes in, nothing of torch. With cuda/bindings.cpp the only file that includes pybind11.
+// The extension module: addresses and sizes in, nothing of torch. With cuda/bindings.cpp the only file that
+// includes pybind11.
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"
