@@ -12,7 +12,7 @@ from synthetic import cached_run, small_data
 from tolerances import assert_same_bits, never_waits
 from torch import nn
 
-from ulfine_fast import capture, engine, use_backend
+from ulfine_fast import capture, training_state, use_backend
 from ulfine_fast.batches import FeatureViews
 from ulfine_fast.capture import CapturedStep
 from ulfine_fast.config import Method, Training
@@ -57,7 +57,7 @@ def replayed(monkeypatch):
     monkeypatch.setattr(capture, "DEVICE", "cpu")
     monkeypatch.setattr(capture, "_warm_up", lambda run, device: [run() for _ in range(capture.WARM_UP)])
     monkeypatch.setattr(capture, "_record", record)
-    monkeypatch.setattr(engine, "fused_optimizer", with_rate_tensor)
+    monkeypatch.setattr(training_state, "fused_optimizer", with_rate_tensor)
     return calls
 
 
@@ -89,7 +89,7 @@ def parts(name="ulfine", optimizer="sgd", device="cpu"):
 
 
 def snapshot(made):
-    return [tensor.detach().clone() for tensor in made.tensors().values()]
+    return [tensor.detach().clone() for tensor in made.state.tensors().values()]
 
 
 @pytest.mark.parametrize(("name", "optimizer"), RUNS)
@@ -137,11 +137,11 @@ def test_a_recording_changes_neither_weights_nor_optimizer(replayed, optimizer):
     same = [id(tensor) for tensor in made.learner.parameters()]
     step(batches[0])
     before = snapshot(made)
-    CapturedStep(step, made.tensors, made.optimizer, batches[1])
+    CapturedStep(step, made.state.tensors, made.state.optimizer, batches[1])
     for one, other in zip(snapshot(made), before, strict=True):
         assert_same_bits(one, other)
     assert [id(tensor) for tensor in made.learner.parameters()] == same
-    assert all(not group.get("capturable") for group in made.optimizer.param_groups)
+    assert all(not group.get("capturable") for group in made.state.optimizer.param_groups)
 
 
 def test_an_optimizer_without_state_starts_as_it_would(replayed):
@@ -149,7 +149,7 @@ def test_an_optimizer_without_state_starts_as_it_would(replayed):
     for recorded in (True, False):
         made, step, batches = parts(optimizer="adamw")
         if recorded:
-            step = CapturedStep(step, made.tensors, made.optimizer, batches[0])
+            step = CapturedStep(step, made.state.tensors, made.state.optimizer, batches[0])
         step(batches[0])
         results.append(snapshot(made))
     for one, other in zip(*results, strict=True):
@@ -165,15 +165,15 @@ def test_a_step_that_fails_in_the_recording_leaves_all_as_it_was(replayed):
 
     before = snapshot(made)
     with pytest.raises(RuntimeError, match="no"):
-        CapturedStep(failing, made.tensors, made.optimizer, batches[0])
+        CapturedStep(failing, made.state.tensors, made.state.optimizer, batches[0])
     for one, other in zip(snapshot(made), before, strict=True):
         assert_same_bits(one, other)
 
 
 def test_the_batch_is_copied_and_the_result_is_overwritten(replayed):
     made, step, batches = parts()
-    twin = copy.deepcopy(made.tensors())
-    captured = CapturedStep(step, made.tensors, made.optimizer, batches[0])
+    twin = copy.deepcopy(made.state.tensors())
+    captured = CapturedStep(step, made.state.tensors, made.state.optimizer, batches[0])
     first = captured(batches[1])
     loss = first.loss.clone()
     assert captured(batches[2]) is first
@@ -181,7 +181,7 @@ def test_the_batch_is_copied_and_the_result_is_overwritten(replayed):
     for own, given in zip(captured.batch, batches[2], strict=True):
         assert_same_bits(own, given)
         assert own.data_ptr() != given.data_ptr()
-    made.load(twin)
+    made.state.load(twin)
     assert_same_bits(step(batches[1]).loss, loss)
 
 
@@ -190,10 +190,10 @@ def test_adamw_is_told_of_the_recording_alone(replayed):
     made, step, batches = parts(optimizer="adamw")
 
     def watched(batch):
-        seen.append([group["capturable"] for group in made.optimizer.param_groups])
+        seen.append([group["capturable"] for group in made.state.optimizer.param_groups])
         return step(batch)
 
-    CapturedStep(watched, made.tensors, made.optimizer, batches[1])(batches[1])
+    CapturedStep(watched, made.state.tensors, made.state.optimizer, batches[1])(batches[1])
     assert seen == [[False, False]] * 3 + [[True, True]] + [[False, False]]
 
 
@@ -217,7 +217,7 @@ class Pair(NamedTuple):
 def test_a_batch_of_another_kind_is_an_error(replayed, batch, message):
     made, _, _ = parts()
     captured = CapturedStep(
-        lambda pair: (pair.rows.sum(),), made.tensors, made.optimizer, Pair(torch.ones(4, 2))
+        lambda pair: (pair.rows.sum(),), made.state.tensors, made.state.optimizer, Pair(torch.ones(4, 2))
     )
     with pytest.raises(ValueError, match=f"CapturedStep: {message}"):
         captured(batch)
@@ -232,7 +232,7 @@ def test_without_a_device_there_is_no_capture():
 def test_a_learning_rate_that_a_graph_would_freeze_is_an_error():
     made, step, batches = parts()
     with pytest.raises(ValueError, match=r"learning rate must be a tensor on cpu, got 0\.05"):
-        CapturedStep(step, made.tensors, made.optimizer, batches[0])
+        CapturedStep(step, made.state.tensors, made.state.optimizer, batches[0])
 
 
 @pytest.mark.gpu
@@ -250,7 +250,7 @@ def test_on_a_device_a_recording_changes_neither_weights_nor_optimizer(optimizer
     made, step, batches = parts("ulfine_plus", optimizer, "cuda")
     step(batches[0])
     before = snapshot(made)
-    captured = CapturedStep(step, made.tensors, made.optimizer, batches[1])
+    captured = CapturedStep(step, made.state.tensors, made.state.optimizer, batches[1])
     for one, other in zip(snapshot(made), before, strict=True):
         assert_same_bits(one, other)
     with never_waits():

@@ -21,13 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from ulfine_fast.checkpoint import CheckpointError, Terminated, digest_of, load_checkpoint
 from ulfine_fast.config import METHODS, Training
 from ulfine_fast.distributed import World
-from ulfine_fast.engine import Engine, StepReport, Student, load_tuned_tensors, tuned_tensors
+from ulfine_fast.engine import Engine, StepReport, Student
 from ulfine_fast.history import Window
 from ulfine_fast.learners import LEARNERS, build_learner
 from ulfine_fast.learners.dual import build_head
 from ulfine_fast.loop import CHECKPOINT, train
 from ulfine_fast.losses import labelled_log_prior
 from ulfine_fast.optimizer import learning_rate
+from ulfine_fast.training_state import TrainingState, load_tuned_tensors, tuned_tensors
 
 DATA = small_data(protocol="acr")
 SHORT = Training(steps=8, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=3)
@@ -296,20 +297,20 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 def test_looking_ahead_takes_the_weights_of_the_step_before(monkeypatch):
-    events, look, update = [], Engine.look, Engine._update
+    events, look, update = [], Engine.look, TrainingState.update
 
     def watched_look(engine, step):
         answer = look(engine, step)
         events.append(("look", step))
         return answer
 
-    def watched_update(engine, loss):
-        answer = update(engine, loss)
+    def watched_update(state, loss):
+        answer = update(state, loss)
         events.append("update")
         return answer
 
     monkeypatch.setattr(Engine, "look", watched_look)
-    monkeypatch.setattr(Engine, "_update", watched_update)
+    monkeypatch.setattr(TrainingState, "update", watched_update)
     run(student_of(), replace(SHORT, steps=4, look_ahead=True), checkpoint_every=2)
     assert events == [
         ("look", 0),
@@ -339,11 +340,11 @@ def test_a_step_that_is_not_finite_changes_nothing():
     engine = Engine(student, Poisoned(DATA, replace(SHORT, ema=0.5)), replace(SHORT, ema=0.5), World())
     for step in range(3):
         assert engine.step(step).finite
-    before = {name: tensor.clone() for name, tensor in engine.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in engine.state.tensors().items()}
     assert not engine.step(3).finite
-    assert digest_of(engine.tensors()) == digest_of(before)
+    assert digest_of(engine.state.tensors()) == digest_of(before)
     assert engine.step(4).finite
-    assert digest_of(engine.tensors()) != digest_of(before)
+    assert digest_of(engine.state.tensors()) != digest_of(before)
 
 
 def test_a_first_step_whose_loss_is_not_finite_changes_nothing():
@@ -436,17 +437,17 @@ def test_the_mean_of_the_weights_is_what_is_left():
     schedule = replace(SHORT, ema=0.75)
     student, views = student_of(), VectorViews(DATA, schedule)
     engine = Engine(student, views, schedule, World())
-    mean = {name: p.detach().clone() for name, p in engine.weights.items()}
+    mean = {name: p.detach().clone() for name, p in engine.state.weights.items()}
     for step in range(schedule.steps):
         engine.step(step)
-        for name, p in engine.weights.items():
+        for name, p in engine.state.weights.items():
             mean[name] = 0.75 * mean[name] + 0.25 * p.detach()
     averaged = student_of()
     run(averaged, schedule)
     named = dict(averaged.named_parameters())
     for name, tensor in mean.items():
         torch.testing.assert_close(named[name].detach(), tensor)
-        assert not torch.equal(tensor, engine.weights[name])
+        assert not torch.equal(tensor, engine.state.weights[name])
 
 
 def test_half_precision_is_that_of_the_products_alone():
@@ -469,14 +470,14 @@ def test_float16_gradients_are_scaled_and_an_overflow_lowers_the_scale():
     schedule = replace(SHORT, precision="fp16")
     student, exact = student_of(precision="fp16"), student_of()
     engine = Engine(student, VectorViews(DATA, schedule), schedule, World())
-    engine.scale.fill_(2.0**40)
+    engine.state.scale.fill_(2.0**40)
     before = weights(student)
     assert not engine.step(0).finite
-    assert engine.scale == 2.0**39
+    assert engine.state.scale == 2.0**39
     assert all(torch.equal(before[name], p) for name, p in student.named_parameters())
-    engine.scale.fill_(2.0**10)
+    engine.state.scale.fill_(2.0**10)
     assert engine.step(0).finite
-    assert engine.scale == 2.0**10
+    assert engine.state.scale == 2.0**10
     Engine(exact, VectorViews(DATA, SHORT), SHORT, World()).step(0)
     moved, exactly = (
         torch.cat([(p.detach() - before[name]).flatten() for name, p in s.named_parameters()])

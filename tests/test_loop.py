@@ -81,7 +81,7 @@ def middle_confidence(engine):
 
 
 def snapshot(engine):
-    return {name: tensor.detach().clone() for name, tensor in engine.tensors().items()}
+    return {name: tensor.detach().clone() for name, tensor in engine.state.tensors().items()}
 
 
 def assert_same(left, right):

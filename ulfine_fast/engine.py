@@ -13,47 +13,24 @@ step number are the whole state of a run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ulfine_fast.batches import Batch, FeatureViews
 from ulfine_fast.capture import CapturedStep, device_of
-from ulfine_fast.checkpoint import CheckpointError, digest
 from ulfine_fast.config import Training
-from ulfine_fast.distributed import (
-    World,
-    average_gradients,
-    gather_rows,
-    largest,
-    own_rows,
-    shard,
-    sharded_parameters,
-    take_from_first,
-    whole,
-)
+from ulfine_fast.distributed import World, gather_rows
 from ulfine_fast.learners import Learner, Pseudo
-from ulfine_fast.optimizer import (
-    fused_optimizer,
-    learning_rate,
-    load_optimizer,
-    optimizer_tensors,
-    set_learning_rate,
-)
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from ulfine_fast.optimizer import learning_rate, set_learning_rate
+from ulfine_fast.training_state import TrainingState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Numbers of rows that a GPU sees: few of them, so that compiled towers and library kernels find their sizes again.
 GPU_BUCKET = 16
-# Of the scale of float16 gradients: torch.amp.GradScaler's defaults.
-FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
-# What an optimizer keeps for each element of a parameter.
-SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
 class Views(Protocol):
@@ -148,10 +125,7 @@ class Student(nn.Module):
 
 
 class Engine:
-    """A run in one process: its step and its state.
-
-    All processes start from the trained weights of the first one. With `training.shard` the tower of `student` is
-    split over them in place, see `distributed.shard`; a `tower.blocks` has the modules that are whole one at a time.
+    """A run in one process: its step, and its state, see `TrainingState`.
 
     Args:
         student: with cached features its tower is a `torch.nn.Identity`.
@@ -175,43 +149,10 @@ class Engine:
         _check(training, world, at_hand=self.at_hand, capture=capture)
         self.student, self.views, self.training, self.world = student, views, training, world
         self.learner = student.learner
-        self.semi = bool(self.learner.semi and training.unlabelled_batch and len(views.unlabelled_truth))
         self.device = device_of(self.learner) if capture else next(self.learner.parameters()).device
+        self.semi = bool(self.learner.semi and training.unlabelled_batch and len(views.unlabelled_truth))
         self.copies = views.unlabelled_is_labelled if bool(views.unlabelled_is_labelled.any()) else None
-        take_from_first(list(tuned_tensors(student).values()), world)
-        split = {}
-        if training.shard:
-            shard(student.tower, student.tower.blocks, world, self.device)
-            split = sharded_parameters(student)
-        # of a parameter that is split, the rows of this process: an ordinary tensor, for which all optimizers work
-        self.weights = {
-            name: _rows(p) if name in split else p
-            for name, p in student.named_parameters()
-            if p.requires_grad
-        }
-        tower = [name for name in self.weights if name.startswith("tower.")]
-        # by the names of the state; the tower's are the first parameters of the optimizer
-        self.split = split | {f"mean.{name}": p for name, p in split.items()}
-        for index, name in enumerate(tower):
-            if name in split:
-                self.split |= {f"optimizer.{index}.{slot}": split[name] for slot in SLOTS}
-        decay = training.weight_decay
-        groups = [{"params": [self.weights[name] for name in tower], "weight_decay": decay}] if tower else []
-        self.optimizer = fused_optimizer(
-            [*groups, *self.learner.groups(decay)], training.optimizer, training.learning_rate
-        )
-        self.learned = [p for group in self.optimizer.param_groups for p in group["params"]]
-        rows = [self.weights[name] for name in split]
-        self.replicated = [p for p in self.learned if not any(p is own for own in rows)]
-        self.mean_weights = (
-            {name: p.detach().clone() for name, p in self.weights.items()} if training.ema else {}
-        )
-        # of the gradients, which only float16 products and parts of a batch need
-        self.scaled = not self.at_hand and (training.precision == "fp16" or training.parts > 1)
-        fp16 = self.scaled and training.precision == "fp16"
-        self.scale = torch.tensor(FIRST_SCALE if fp16 else 1.0, device=self.device)
-        self.scale_age = torch.zeros((), dtype=torch.int32, device=self.device)
-        self.one = torch.ones((), device=self.device)
+        self.state = TrainingState(student, training, world)
         # a tensor, which a captured step reads
         self.progress = torch.zeros((), dtype=torch.float64, device=self.device)
         self.capture, self.captured = capture, None
@@ -231,7 +172,7 @@ class Engine:
 
         A loss or a gradient that is not finite leaves weights, optimizer and estimators as they were.
         """
-        set_learning_rate(self.optimizer, learning_rate(self.training, step))
+        set_learning_rate(self.state.optimizer, learning_rate(self.training, step))
         if not self.at_hand:
             return self._take(self._encoded(step, alone))
         batch = self.batch(step)
@@ -241,8 +182,9 @@ class Engine:
         if not self.capture or step == 0:
             return self._take(self._joint(batch))
         if self.captured is None:
+            state = self.state
             self.captured = CapturedStep(
-                lambda batch: self._take(self._joint(batch)), self.tensors, self.optimizer, batch
+                lambda batch: self._take(self._joint(batch)), state.tensors, state.optimizer, batch
             )
         report = self.captured(batch)
         # the next replay overwrites it
@@ -324,16 +266,15 @@ class Engine:
 
     def _take(self, parts: Iterator[Result]) -> StepReport:
         """Gradients of all parts, the optimizer, the estimators."""
-        # the gradient of a split parameter is a view of the whole one
-        self.optimizer.zero_grad(set_to_none=not self.split)
+        self.state.clear_gradients()
         losses, seen, rows = [], [], []
         for loss, part, encoded in parts:
-            (loss * (self.scale / self.training.parts) if self.scaled else loss).backward()
+            self.state.add_gradients(loss)
             losses.append(loss.detach())
             seen.append(part)
             rows.append(encoded)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        finite = self._update(loss)
+        finite = self.state.update(loss)
         labelled, targets, weak, places, pseudo = self._everywhere(seen)
         self.labelled = labelled, targets
         copies = None if self.copies is None else self.copies[places]
@@ -341,10 +282,7 @@ class Engine:
         for name, tensor in self.learner.state_dict().items() if self.before else ():
             tensor.copy_(torch.where(finite, tensor, self.before[name]))
         self.before = {}
-        if self.mean_weights:
-            share = torch.where(finite, 1.0 - self.training.ema, 0.0)
-            for name, mean in self.mean_weights.items():
-                mean.lerp_(self.weights[name].detach(), share)
+        self.state.average(finite)
         encoded, trained = (sum(column) for column in zip(*rows, strict=True))
         return StepReport(loss, finite, pseudo.label, pseudo.weight, places, (encoded, trained))
 
@@ -357,28 +295,6 @@ class Engine:
         labelled, targets, weak, places, *pseudo = gather_rows(rows, self.world)
         return Seen(labelled, targets, weak, places, Pseudo(*pseudo[:3], tuple(pseudo[3:])))
 
-    def _update(self, loss: Tensor) -> Tensor:
-        """One step of the optimizer; [] bool, whether `loss` and gradients were finite in all processes."""
-        for p in self.learned:
-            if p.grad is None:
-                # a loss that does not touch a parameter leaves it a gradient of zero, on one process as on several
-                p.grad = torch.zeros_like(p)
-        average_gradients(self.replicated, self.world)
-        gradients = [p.grad for p in self.learned]
-        found_inf = torch.zeros_like(self.one)
-        # In one launch, as gradient scalers look for what is not finite; a scale of 1 changes no bit.
-        if self.scaled:
-            torch._amp_foreach_non_finite_check_and_unscale_([loss], found_inf, self.one)
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self.scale.reciprocal())
-        else:
-            torch._amp_foreach_non_finite_check_and_unscale_([loss, *gradients], found_inf, self.one)
-        # Fused optimizers read this flag on the device and then do nothing.
-        self.optimizer.found_inf = largest(found_inf, self.world)
-        self.optimizer.step()
-        if self.scaled and self.training.precision == "fp16":
-            torch._amp_update_scale_(self.scale, self.scale_age, found_inf, GROWTH, BACKOFF, GROWTH_STEPS)
-        return self.optimizer.found_inf == 0
-
     @torch.no_grad()
     def labelled_loss(self, step: int) -> float | None:
         """What the heads make of the labelled batch of the last step, `step`, after it, in nats; None: not finite."""
@@ -387,72 +303,6 @@ class Engine:
         pseudo = self.learner.pseudo(features[:0], progress)
         loss = float(self.learner.loss(features, labels, features[:0], none, pseudo, progress))
         return loss if math.isfinite(loss) else None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a continued run needs, by name and not copied; of what is split, the rows of this process.
-
-        Frozen weights of the tower are not part of it.
-        """
-        tensors = tuned_tensors(self.student)
-        tensors |= {name: self.weights[name] for name in tensors if name in self.split}
-        tensors |= {f"mean.{name}": tensor for name, tensor in self.mean_weights.items()}
-        tensors |= {"scale": self.scale, "scale_age": self.scale_age}
-        return tensors | optimizer_tensors(self.optimizer)
-
-    def whole_tensors(self) -> dict[str, Tensor]:
-        """`tensors` for a checkpoint, nothing split; empty in all processes but the first. All of them call this."""
-        found = {}
-        for name, tensor in self.tensors().items():
-            tensor = whole(tensor, self.world, self.split.get(name))
-            if self.world.leads:
-                # one at a time: together they may not fit on the device
-                found[name] = tensor.cpu() if name in self.split else tensor
-        return found
-
-    def checksum(self) -> str:
-        """Hexadecimal digits that are equal in all processes as long as what all of them hold is."""
-        sums = [
-            tensor.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64)
-            for name, tensor in self.tensors().items()
-            if name not in self.split
-        ]
-        return digest(torch.stack([total.to(self.device) for total in sums]))
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from the `whole_tensors` of a checkpoint, whatever number of processes wrote it."""
-        _check_fit(self.student, tensors)
-        own = {
-            name: own_rows(tensor, self.split[name]) if name in self.split else tensor
-            for name, tensor in tensors.items()
-        }
-        load_optimizer(self.optimizer, own)
-        for name, place in self.tensors().items():
-            place.copy_(own[name])
-
-
-def tuned_tensors(student: Student) -> dict[str, Tensor]:
-    """Everything of `student` that training changes, by name and not copied."""
-    frozen = {name for name, p in student.tower.named_parameters(prefix="tower") if not p.requires_grad}
-    return {name: tensor for name, tensor in student.state_dict().items() if name not in frozen}
-
-
-@torch.no_grad()
-def load_tuned_tensors(student: Student, tensors: Mapping[str, Tensor], *, averaged: bool = False) -> None:
-    """Fill `student` from the tensors of a checkpoint, with `averaged` from the mean weights where it has them.
-
-    Raises CheckpointError, before anything is written, when it is of another encoder, tuning or method.
-    """
-    _check_fit(student, tensors)
-    for name, place in tuned_tensors(student).items():
-        place.copy_(tensors.get(f"mean.{name}", tensors[name]) if averaged else tensors[name])
-
-
-def _check_fit(student: Student, tensors: Mapping[str, Tensor]) -> None:
-    for name, place in tuned_tensors(student).items():
-        if name not in tensors or tensors[name].shape != place.shape:
-            got = list(tensors[name].shape) if name in tensors else "none"
-            raise CheckpointError(f"expected {name} {list(place.shape)} in the checkpoint, got {got}")
 
 
 def _check(training: Training, world: World, *, at_hand: bool, capture: bool) -> None:
@@ -472,11 +322,3 @@ def _check(training: Training, world: World, *, at_hand: bool, capture: bool) ->
                 )
     if capture and not (at_hand and world.size == 1):
         raise ValueError("capture needs cached features and a single process")
-
-
-def _rows(parameter: DTensor) -> Tensor:
-    """The rows of this process of a split parameter and of its gradient, sharing their memory."""
-    parameter.grad = torch.zeros_like(parameter)
-    rows = parameter.to_local().detach()
-    rows.grad = parameter.grad.to_local()
-    return rows

@@ -111,7 +111,7 @@ def train(
             if logs:
                 shown = window.record(step, result.history)
                 if world.size > 1:
-                    check_equal(engine.checksum(), "weights and state", world, engine.device)
+                    check_equal(engine.state.checksum(), "weights and state", world, engine.device)
             result.steps = done
             report_progress(done, shown)
             ends = signals[0] if signals else 0
@@ -127,17 +127,14 @@ def train(
     result.seconds = time.perf_counter() - started
     if path is not None and not steps:
         _save(path, identity, engine, window.skips, result)
-    if engine.mean_weights:
-        with torch.no_grad():
-            for name, tensor in engine.mean_weights.items():
-                engine.weights[name].copy_(tensor)
+    engine.state.take_mean_weights()
     return result
 
 
 def _save(
     path: Path, identity: Mapping[str, Any], engine: Engine, skips: Tensor, result: TrainResult
 ) -> None:
-    tensors = engine.whole_tensors()
+    tensors = engine.state.whole_tensors()
     if engine.world.leads:
         record = {**identity, **run_record(engine.training, result)}
         save_checkpoint(path, {**tensors, "skips": skips}, record)
@@ -146,5 +143,5 @@ def _save(
 def _restore(path: Path, identity: Mapping[str, Any], engine: Engine) -> tuple[TrainResult, Tensor]:
     tensors, record = load_checkpoint(path, identity)
     result = resumed(path, record, engine.training, tensors["skips"])
-    engine.load(tensors)
+    engine.state.load(tensors)
     return result, tensors["skips"]

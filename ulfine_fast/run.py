@@ -21,7 +21,7 @@ from ulfine_fast.build import AnyData, AnyMethod, Builder, TestSet, class_rows, 
 from ulfine_fast.checkpoint import CheckpointError, digest_of, replacing
 from ulfine_fast.config import PRESETS, Encoder, Images, Method, Training
 from ulfine_fast.distributed import World, gather_octets, whole
-from ulfine_fast.engine import Student, load_tuned_tensors, tuned_tensors
+from ulfine_fast.engine import Student
 from ulfine_fast.evaluation import Predictions
 from ulfine_fast.features import FeatureData
 from ulfine_fast.history import TrainResult
@@ -32,6 +32,7 @@ from ulfine_fast.learners import LEARNERS
 from ulfine_fast.loop import train
 from ulfine_fast.options import one_of
 from ulfine_fast.run_folder import CONFIG, PLACES, load_run
+from ulfine_fast.training_state import load_tuned_tensors, tuned_tensors
 
 UNITS = {"accuracy": "fraction of images, 0 to 1", "loss": "nats", "seconds": "s", "std": "sample, n - 1"}
 CROPS = ("single", "five")
