@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ulfine_fast._api import *
     from ulfine_fast.classifier import load_run, train
     from ulfine_fast.config import Encoder, Images
+    from ulfine_fast.estimator import LongTailClassifier
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "Encoder",
     "FittedPrototypes",
     "Images",
+    "LongTailClassifier",
     "PrototypeState",
     "PseudoLabels",
     "__version__",
@@ -43,6 +45,7 @@ __all__ = [
 _ELSEWHERE = {
     "Encoder": "config",
     "Images": "config",
+    "LongTailClassifier": "estimator",
     "load_run": "classifier",
     "train": "classifier",
 }
