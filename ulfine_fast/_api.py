@@ -1,4 +1,4 @@
-"""The public names of the package, which gives them on."""
+"""The ops and heads among the public names of the package, which gives them on."""
 
 # ruff: noqa: F401 (they are for others)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from ulfine_fast.splits import ClassRow, first_per_class, groups_by_rank
 from ulfine_fast.towers import Tower, load_tower
 from ulfine_fast.tuning import tune
 from ulfine_fast.validation import settle_eta
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Training images that the centre of a tower is measured on, and labelled ones of a class whose mean starts its
 # prototype where there is no text (LIFT+).
@@ -194,7 +197,7 @@ class Builder:
         return load_tower(
             encoder.model,
             encoder.pretrained,
-            space=encoder.space,
+            space=encoder.space or "joint",
             size=encoder.size,
             compile=encoder.compile,
             gradient_checkpointing=encoder.gradient_checkpointing,
@@ -224,11 +227,8 @@ class Builder:
         self, student: Student, images: ImageSource, labels: np.ndarray, report: ReadReport
     ) -> TestSet:
         """The test images through the encoder of `student`; each process encodes a share, all return the same."""
-        reader, count, size = self._reader(student.tower, report), len(images), self.world.size
-        if self.crops == "five":
-            tower, pipeline = student.tower, build_pipeline(self.training.pipeline)
-            five = partial(five_crops, size=tower.size, patch=tower.patch, resampling=pipeline.resampling)
-            reader = replace(reader, views=five)
+        count, size = len(images), self.world.size
+        reader = replace(self._reader(student.tower, report), views=self.test_views(student.tower))
         share = -(-count // size)
         # the last process reads some images again, so that all have as many
         rows = np.minimum(np.arange(self.world.rank * share, (self.world.rank + 1) * share), count - 1)
@@ -249,20 +249,28 @@ class Builder:
         kept = torch.from_numpy(labels)[torch.from_numpy(readable)]
         return lambda centre: TestSet(F.normalize(rows - centre.cpu(), dim=-1), kept, names)
 
+    def test_views(self, tower: Tower) -> Callable[[Image.Image], Tensor]:
+        """From a test image to its views, uint8 [V, 3, S, S]: one, or five crops."""
+        pipeline = build_pipeline(self.training.pipeline)
+        if self.crops == "five":
+            return partial(five_crops, size=tower.size, patch=tower.patch, resampling=pipeline.resampling)
+        return partial(test_views, pipeline=pipeline, size=tower.size)
+
     def _reader(self, tower: Tower, report: ReadReport) -> Reader:
-        plain = partial(test_views, pipeline=build_pipeline(self.training.pipeline), size=tower.size)
+        plain = replace(self, crops="single").test_views(tower)
         shown = self.progress and self.world.leads
-        return Reader(plain, tower.size, self._threads, self.device, progress=shown, report=report)
+        return Reader(plain, tower.size, self.threads, self.device, progress=shown, report=report)
 
     @property
-    def _threads(self) -> int:
+    def threads(self) -> int:
+        """Threads of this process that read and augment images."""
         return default_workers(self.world.on_machine) if self.workers is None else self.workers
 
     def _encoding(self) -> dict[str, Any]:
         return {
             "crops": self.crops,
             "precision": self.training.precision,
-            "workers": self._threads,
+            "workers": self.threads,
             "world": self.world,
             "progress": self.progress,
         }
@@ -330,7 +338,7 @@ class Builder:
             unlabelled=data.unlabelled,
             size=tower.size,
             seed=training.seed,
-            workers=self._threads,
+            workers=self.threads,
             device=self.device,
             randaugment_on_device=training.augment_on_device,
             on_unreadable=lambda _: None,

@@ -10,14 +10,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from ulfine_fast.command_options import changed, known, record, with_options
-from ulfine_fast.config import CACHED, METHODS, PRESETS, Encoder, Images, Training, training_of
+from ulfine_fast.command_options import known, record, settings_of, with_options
+from ulfine_fast.config import CACHED, METHODS, PRESETS, Encoder, Images, Training
 from ulfine_fast.options import options_of
 from ulfine_fast.terminal import (
     RUN,
@@ -202,74 +201,61 @@ def train(
         say("finetune is now called train; this name goes with the next release")
     check_folder_choice(resume, overwrite)
     with wrong_usage():
+        from ulfine_fast import run as runs
         from ulfine_fast.learners import LEARNERS
 
-        images, training = record(Images, given), training_of(method, _tuned(given))
-        chosen = changed(LEARNERS[PRESETS[method].learner], setting or ())
-        encoder = _encoder(method, given, training)
+        settings = settings_of(type(LEARNERS[PRESETS[method].learner]), setting or ())
+        recipe = runs.recipe(
+            record(Images, given), record(Encoder, given), method=method, settings=settings, crops=crops,
+            **_training(given),
+        )  # fmt: skip
     set_threads(threads)
     set_deterministic(deterministic)
     import torch
 
-    from ulfine_fast import report, run_folder
-    from ulfine_fast import run as runs
+    from ulfine_fast import report
     from ulfine_fast.backend import use_backend
-    from ulfine_fast.build import class_rows, load_images
+    from ulfine_fast.build import AnyData, class_rows
     from ulfine_fast.distributed import process_group, world
     from ulfine_fast.features import FeatureData
 
     here, chosen_device = world(), usable_device(device)
     run_dir = out or Path("runs") / method
-    cached = training.tuning == "none"
-    configuration = {
-        "images": asdict(images),
-        "encoder": asdict(encoder),
-        "name": method,
-        "method": asdict(chosen),
-        "training": asdict(training),
-        "crops": crops or ("single" if cached else PRESETS[method].crops),
-        # where relative paths begin
-        "began_in": str(Path.cwd()),
-    }
     if chosen_device == "cuda":
         torch.cuda.set_device(here.local_rank)
-    with process_group(here, torch.device(chosen_device)):
-        ctx.with_resource(shown_log(quiet=not here.leads))
-        if here.leads:
-            ctx.with_resource(run_folder.reserve(run_dir, configuration, resume=resume, overwrite=overwrite))
-        console = make_console(quiet=not here.leads)
-        console.print(f"Back end: {_backend(backend, chosen_device)}")
-        data = load_images(images)
+    console = make_console(quiet=not here.leads)
+
+    def begun(data: AnyData) -> None:
         count = len(data.unlabelled_truth)
         console.print(report.split_report(class_rows(data), "Training images, as listed", count))
         for note in () if isinstance(data, FeatureData) else data.notes:
             console.print(f"Note: {note}")
+        features = "own features" if recipe.images.features else recipe.encoder.model
         console.print(
-            f"Training {method}: {PRESETS[method].summary}; {'own features' if images.features else encoder.model},"
-            f" tuning {training.tuning}, {training.steps} steps on {here.size} x {chosen_device}"
+            f"Training {method}: {PRESETS[method].summary}; {features},"
+            f" tuning {recipe.training.tuning}, {recipe.training.steps} steps on {here.size} x {chosen_device}"
         )
         ctx.meta["run_dir"] = run_dir
+
+    with process_group(here, torch.device(chosen_device)):
+        ctx.with_resource(shown_log(quiet=not here.leads))
+        console.print(f"Back end: {_backend(backend, chosen_device)}")
         with use_backend(backend):
-            outcome = runs.run(
-                data,
-                encoder,
-                chosen,
-                training,
+            data, outcome = recipe.do(
+                run_dir,
                 device=chosen_device,
                 world=here,
-                crops=configuration["crops"],
                 workers=workers,
-                run_dir=run_dir,
                 resume=resume,
+                overwrite=overwrite,
                 checkpoint_every=checkpoint_every,
                 capture=capture,
-                claim=run_folder.claim(run_dir, configuration, resume=resume) if here.leads else None,
+                begun=begun,
             )
-        if here.leads:
-            runs.write_run(run_dir, configuration, data, outcome)
-    if getattr(chosen, "eta_folds", 0):
+    folds = getattr(recipe.method, "eta_folds", 0)
+    if folds:
         eta = runs.chosen_eta(outcome.student)
-        console.print(f"eta {eta:g}, chosen on {chosen.eta_folds} folds of the labelled images")
+        console.print(f"eta {eta:g}, chosen on {folds} folds of the labelled images")
     cost = f"{outcome.training.seconds:.1f} s of training"
     if outcome.training.history:
         cost += f", {outcome.training.history[-1]['images_per_second']:,.0f} images/s"
@@ -285,21 +271,9 @@ def train(
     )
 
 
-def _tuned(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given of `Training`; features have no encoder that could be tuned."""
-    own = {name: given[name] for name in options_of(Training) if name in given}
-    return {"tuning": "none", **own} if "features" in given else own
-
-
-def _encoder(method: str, given: Mapping[str, Any], training: Training) -> Encoder:
-    from ulfine_fast.encoder import IMAGE_WEIGHTS
-
-    encoder = record(Encoder, given)
-    # other encoders have one space only, and a frozen one has the same for all methods
-    one_space = encoder.model in IMAGE_WEIGHTS or encoder.model.startswith("timm:")
-    if "space" in given or one_space or training.tuning == "none":
-        return encoder
-    return replace(encoder, space=PRESETS[method].space)
+def _training(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given of `Training`."""
+    return {name: given[name] for name in options_of(Training) if name in given}
 
 
 @app.command(
@@ -339,7 +313,7 @@ def compare(
         write_comparison(out, found, make_console())
         return
     with wrong_usage():
-        images, training = record(Images, given), _tuned(given)
+        images, training = record(Images, given), _training(given)
         encoder = record(Encoder, given)
     _compare(ctx, out, images, encoder, training, method, seeds, jobs, device)
 
@@ -412,25 +386,25 @@ def evaluate(
     set_threads(threads)
     from ulfine_fast import report, run_folder
     from ulfine_fast import run as runs
+    from ulfine_fast.classifier import load_run
+    from ulfine_fast.images import ReadReport
 
-    configuration = run_folder.located(run_folder.read_configuration(run_dir), at or ())
-    steps, metrics, reading = runs.evaluate_run(
-        run_dir, configuration, device=usable_device(device), crops=crops
-    )
+    run, reading = load_run(run_dir, usable_device(device), at=at or ()), ReadReport()
+    metrics = run.evaluate(crops, reading)
     report.write_json(
         run_dir / run_folder.EVALUATION,
         {
             **runs.surroundings(),
             "units": runs.UNITS,
-            "steps": steps,
-            "reading": reading,
+            "steps": run.steps,
+            "reading": reading.summary(),
             "metrics": metrics,
         },
     )
     console = make_console()
-    print_metrics(console, metrics, f"{configuration['name']} after {steps} steps")
-    if reading:
-        console.print(f"Reading: {reading}", markup=False)
+    print_metrics(console, metrics, f"{run.configuration['name']} after {run.steps} steps")
+    if reading.summary():
+        console.print(f"Reading: {reading.summary()}", markup=False)
     console.print(f"Wrote {run_folder.EVALUATION} to {run_dir}")
 
 
@@ -445,16 +419,16 @@ def export(
     The file has weight [C, D], centre [D] for an encoder that has one, and the class names; not the encoder, tuned
     or not.
     """
-    from ulfine_fast import run, run_folder
+    from ulfine_fast.classifier import load_run
 
-    configuration = run_folder.located(run_folder.read_configuration(run_dir), at or ())
-    run.export_run(run_dir, configuration, out)
-    console, tuning = make_console(), configuration["training"]["tuning"]
+    run = load_run(run_dir, at=at or ())
+    run.classifier.export(out)
+    console, tuning = make_console(), run.configuration["training"]["tuning"]
     console.print(f"Wrote {out}")
     if tuning not in ("none", "linear_probe"):
         console.print(
             f"Note: the encoder was tuned, too ({tuning}), and is not in the file. This head fits the features of the"
-            f" tuned encoder, which {run_dir} has, and not those of {configuration['encoder']['model']} as it comes."
+            f" tuned encoder, which {run_dir} has, and not those of {run.configuration['encoder']['model']} as it comes."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -23,9 +23,9 @@ def record(kind: type[R], values: Mapping[str, Any]) -> R:
     return kind(**{entry.name: values[entry.name] for entry in fields(kind) if entry.name in values})
 
 
-def changed(config: R, settings: Iterable[str]) -> R:
-    """`config` with settings FIELD=VALUE; ValueError for an unknown field or a value that does not fit."""
-    options, changes = options_of(type(config)), {}
+def settings_of(kind: type[Record], settings: Iterable[str]) -> dict[str, Any]:
+    """Values by field of settings FIELD=VALUE; ValueError for an unknown field or a value of another type."""
+    options, found = options_of(kind), {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -36,13 +36,10 @@ def changed(config: R, settings: Iterable[str]) -> R:
         if kind is bool and text not in ("true", "false"):
             raise ValueError(f"--set {name}: expected true or false, got {text!r}")
         try:
-            changes[name] = text == "true" if kind is bool else kind(text)
+            found[name] = text == "true" if kind is bool else kind(text)
         except ValueError as error:
             raise ValueError(f"--set {name}: expected {kind.__name__}, got {text!r}") from error
-    if "eta" in changes and "eta_folds" in options:
-        # A preset that would choose it takes the one that is given.
-        changes.setdefault("eta_folds", 0)
-    return replace(config, **changes)
+    return found
 
 
 def known(names: Iterable[str]) -> Callable[[str], str]:

@@ -7,7 +7,7 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,17 @@ import torch
 
 from ulfine_fast import report, run_folder
 from ulfine_fast.build import Builder, load_images
-from ulfine_fast.config import PRESETS, Encoder, Images, Training, training_of
+from ulfine_fast.config import PRESETS, Encoder, Images
 from ulfine_fast.features import FeatureData
 from ulfine_fast.learners import LEARNERS
 from ulfine_fast.metrics import GROUPS, mean_and_std
-from ulfine_fast.run import UNITS, curve, run, surroundings, write_run
+from ulfine_fast.run import UNITS, Recipe, curve, recipe, surroundings
+from ulfine_fast.run_folder import METRICS
 from ulfine_fast.splits import ClassRow
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-METRICS = "metrics.json"
 SCALARS = ("overall", "macro", "macro_f1", "worst", "harmonic_mean", "geometric_mean", "calibration_error")
 CAPTION = (
     "Test accuracy in %{over}; many / medium / few: thirds of the classes by labelled images. Time: of a run, with what"
@@ -39,33 +39,16 @@ class Task:
     """One run of a comparison: all that another process needs to do it."""
 
     run_dir: Path
-    images: Images
-    encoder: Encoder
-    name: str  # of a preset
-    training: Training
-    crops: str
+    recipe: Recipe
     device: str
     threads: int  # 0: as many as torch takes
-
-    def configuration(self) -> dict[str, Any]:
-        """What `run_folder` compares and `run.evaluate_run` reads."""
-        return {
-            "images": asdict(self.images),
-            "encoder": asdict(self.encoder),
-            "name": self.name,
-            "method": asdict(LEARNERS[PRESETS[self.name].learner]),
-            "training": asdict(self.training),
-            "crops": self.crops,
-            # where relative paths begin
-            "began_in": str(Path.cwd()),
-        }
 
     def is_done(self) -> bool:
         """Whether the folder has the metrics of this very run."""
         path = self.run_dir / METRICS
         if not path.exists():
             return False
-        saved, now = read_metrics(self.run_dir)["configuration"], self.configuration()
+        saved, now = read_metrics(self.run_dir)["configuration"], self.recipe.configuration()
         # as JSON has it: a tuple is a list
         return {**saved, "began_in": ""} == json.loads(json.dumps({**now, "began_in": ""}))
 
@@ -73,23 +56,8 @@ class Task:
         """Train and write what a run leaves, but no pictures; goes on from a checkpoint."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        configuration = self.configuration()
         resume = (self.run_dir / run_folder.CONFIG).exists()
-        with run_folder.reserve(self.run_dir, configuration, resume=resume, overwrite=False):
-            data = load_images(self.images)
-            outcome = run(
-                data,
-                self.encoder,
-                LEARNERS[PRESETS[self.name].learner],
-                self.training,
-                device=self.device,
-                crops=self.crops,
-                run_dir=self.run_dir,
-                resume=resume,
-                progress=False,
-                claim=run_folder.claim(self.run_dir, configuration, resume=resume),
-            )
-            write_run(self.run_dir, configuration, data, outcome, pictures=False)
+        self.recipe.do(self.run_dir, device=self.device, resume=resume, pictures=False, progress=False)
 
 
 def tasks(
@@ -105,7 +73,7 @@ def tasks(
 ) -> list[Task]:
     """A task for each seed and method, seed by seed; a seed is that of the split and of the training.
 
-    given: fields of `Training`; what is not given is as the preset has it, see `training_of`.
+    given: fields of `Training`; what is not given is as the preset has it, see `recipe`.
     """
     found = []
     for seed in seeds:
@@ -113,11 +81,9 @@ def tasks(
             own = {**given, "seed": seed}
             if not getattr(LEARNERS[PRESETS[name].learner], "trained", True):
                 own["steps"] = 0
-            training = training_of(name, own)
-            crops = "single" if training.tuning == "none" else PRESETS[name].crops
             of_seed = images if images.features else replace(images, seed=seed)
             found.append(
-                Task(out / f"{name}-{seed}", of_seed, encoder, name, training, crops, device, threads)
+                Task(out / f"{name}-{seed}", recipe(of_seed, encoder, method=name, **own), device, threads)
             )
     return found
 
@@ -127,8 +93,8 @@ def do_all(todo: Sequence[Task], jobs: int, console: Console) -> None:
     left = [task for task in todo if not task.is_done()]
     if len(left) < len(todo):
         console.print(f"{len(todo) - len(left)} of {len(todo)} runs are there already")
-    for images in dict.fromkeys(task.images for task in left):
-        _encode(next(task for task in left if task.images == images))
+    for images in dict.fromkeys(task.recipe.images for task in left):
+        _encode(next(task for task in left if task.recipe.images == images))
     with ExitStack() as stack:
         if jobs > 1:
             pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
@@ -143,10 +109,10 @@ def do_all(todo: Sequence[Task], jobs: int, console: Console) -> None:
 
 def _encode(task: Task) -> None:
     """Bring what a frozen encoder makes of the images into the cache, once for all runs on them."""
-    data = load_images(task.images)
-    if task.training.tuning == "none" and not isinstance(data, FeatureData):
-        method = LEARNERS["fixmatch_la"]
-        builder = Builder(task.encoder, method, task.training, torch.device(task.device), crops=task.crops)
+    recipe, data = task.recipe, load_images(task.recipe.images)
+    if recipe.training.tuning == "none" and not isinstance(data, FeatureData):
+        method, device = LEARNERS["fixmatch_la"], torch.device(task.device)
+        builder = Builder(recipe.encoder, method, recipe.training, device, crops=recipe.crops)
         with builder.setup(data):
             pass
 

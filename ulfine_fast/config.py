@@ -302,8 +302,8 @@ class Encoder(Record):
         common=True,
     )
     # before it: LIFT
-    space: str = option(
-        "joint",
+    space: str | None = option(
+        None,
         "Features of CLIP: after its projection, or before it.",
         choices=("joint", "visual"),
         shown="the method's",

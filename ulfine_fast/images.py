@@ -19,10 +19,10 @@ import threading
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -270,6 +270,48 @@ class ImageArray:
         digest = hashlib.blake2b(f"{pixels.shape} {self._invert}".encode(), digest_size=16)
         digest.update(np.ascontiguousarray(pixels))
         return digest.hexdigest()
+
+
+class GivenImages:
+    """Paths and PIL pictures as a caller hands them over, an `ImageSource` that holds a few of them at a time.
+
+    Image i is called "images[i]", and a file by its path. It can be read once, after the range that it is in was drawn
+    from `batches`; conversions are those of `ImageFiles`.
+    """
+
+    def __init__(self, images: Iterable[str | os.PathLike[str] | Image.Image]) -> None:
+        self._images = enumerate(images)
+        self._drawn: dict[int, str | os.PathLike[str] | Image.Image] = {}
+
+    def __len__(self) -> int:
+        raise TypeError("GivenImages: their number is not known before they are drawn")
+
+    def batches(self, size: int) -> Iterator[range]:
+        """The indices of the images, `size` at a time; TypeError for what is neither a path nor a picture."""
+        while drawn := dict(islice(self._images, size)):
+            for image in drawn.values():
+                if not isinstance(image, (str, os.PathLike, Image.Image)):
+                    raise TypeError(f"images must be paths or PIL images, got {type(image).__name__}")
+            self._drawn |= drawn
+            yield range(min(drawn), max(drawn) + 1)
+
+    def name(self, index: int) -> str:
+        """For example "images[17]"."""
+        return f"images[{index}]"
+
+    def read(self, index: int, at_least: int | None = None) -> Image.Image:
+        """The image in mode RGB, see `ImageSource.read`."""
+        image = self._drawn.pop(index)
+        if not isinstance(image, Image.Image):
+            return ImageFiles([image]).read(0, at_least)
+        try:
+            return _upright(image)[0]
+        # a file that was opened and not yet read can make a decoder raise anything
+        except Exception as error:
+            cause = _failure_of_the_machine(error)
+            if cause is not None:
+                raise MachineError(f"{self.name(index)}: expected to read it, got {cause}") from error
+            raise UnreadableImage(self.name(index), _reason(error)) from error
 
 
 def check_pixels(who: str, images: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""One run from its configuration to its metrics, and what is done with it afterwards: evaluation, reports, export."""
+"""One run from its recipe to its metrics, and what it leaves in its folder."""
 
 from __future__ import annotations
 
@@ -6,33 +6,29 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from ulfine_fast import evaluation, report
+from ulfine_fast import evaluation, report, run_folder
 from ulfine_fast.build import AnyData, AnyMethod, Builder, TestSet, class_rows, load_images
-from ulfine_fast.checkpoint import CheckpointError, digest_of, replacing
-from ulfine_fast.config import PRESETS, Encoder, Images, Method, Training
+from ulfine_fast.checkpoint import digest_of
+from ulfine_fast.config import PRESETS, Encoder, Images, Method, Training, training_of
 from ulfine_fast.distributed import World, gather_octets, whole
+from ulfine_fast.encoder import IMAGE_WEIGHTS
 from ulfine_fast.engine import Student
 from ulfine_fast.evaluation import Predictions
 from ulfine_fast.features import FeatureData
 from ulfine_fast.history import TrainResult
-from ulfine_fast.image_data import shortened
-from ulfine_fast.image_folders import folder_data
-from ulfine_fast.images import ReadReport
-from ulfine_fast.learners import LEARNERS
+from ulfine_fast.learners import changed_method
 from ulfine_fast.loop import train
-from ulfine_fast.options import one_of
-from ulfine_fast.run_folder import CONFIG, PLACES, load_run
-from ulfine_fast.training_state import load_tuned_tensors, tuned_tensors
+from ulfine_fast.options import one_of, options_of
+from ulfine_fast.training_state import tuned_tensors
 
 UNITS = {"accuracy": "fraction of images, 0 to 1", "loss": "nats", "seconds": "s", "std": "sample, n - 1"}
 CROPS = ("single", "five")
@@ -48,6 +44,7 @@ class Outcome:
     metrics: dict[str, dict[str, Any]]  # by branch, the prediction first, see `classification_metrics`
     predictions: dict[str, Predictions]
     test: TestSet  # the images that these are of
+    labelled_counts: np.ndarray  # [C]
     digest: str  # of everything that was trained
 
 
@@ -105,23 +102,124 @@ def run(
             )
         seconds = time.perf_counter() - started
         test = setup.test()
-    metrics, predictions = _evaluate(setup.student, test, setup.labelled_counts)
+    predictions = evaluation.predict(setup.student.learner, test.features)
+    metrics = evaluation.metrics(predictions, test.labels, setup.labelled_counts)
     if not isinstance(data, FeatureData):
         for record in gather_octets(json.dumps(data.report.record()).encode(), world, place):
             data.report.add(json.loads(record))
     trained = {name: whole(tensor, world).cpu() for name, tensor in tuned_tensors(setup.student).items()}
-    return Outcome(setup.student, result, seconds, metrics, predictions, test, digest_of(trained))
+    return Outcome(
+        setup.student, result, seconds, metrics, predictions, test, setup.labelled_counts, digest_of(trained)
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, on what and how: all that a run keeps to in its folder. `recipe` makes one."""
+
+    images: Images | None  # None: features in memory, which no folder can find again
+    encoder: Encoder
+    name: str  # of a preset
+    method: AnyMethod
+    training: Training
+    crops: str
+
+    def configuration(self) -> dict[str, Any]:
+        """What `run_folder` compares and `classifier.load_run` reads, JSON values."""
+        return {
+            "images": {} if self.images is None else asdict(self.images),
+            "encoder": asdict(self.encoder),
+            "name": self.name,
+            "method": asdict(self.method),
+            "training": asdict(self.training),
+            "crops": self.crops,
+            # where relative paths begin
+            "began_in": str(Path.cwd()),
+        }
+
+    def do(
+        self,
+        run_dir: Path | None = None,
+        data: AnyData | None = None,
+        *,
+        world: World | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        pictures: bool = True,
+        begun: Callable[[AnyData], object] | None = None,
+        **options: Any,
+    ) -> tuple[AnyData, Outcome]:
+        """Train and write what a run leaves; the data and what came of them.
+
+        Args:
+            run_dir: the folder of the run, None for none; of several processes the first one writes it.
+            data: None: what `images` names.
+            resume, overwrite: as `run_folder.reserve`. pictures: as `write_run`. world, options: as `run`.
+            begun: called with the data before the first step.
+        """
+        configuration = self.configuration()
+        writes = run_dir is not None and (world or World()).leads
+        with (
+            run_folder.reserve(run_dir, configuration, resume=resume, overwrite=overwrite)
+            if writes
+            else nullcontext()
+        ):
+            data = load_images(self.images) if data is None else data
+            if begun is not None:
+                begun(data)
+            outcome = run(
+                data,
+                self.encoder,
+                self.method,
+                self.training,
+                world=world,
+                crops=self.crops,
+                run_dir=run_dir,
+                resume=resume,
+                claim=run_folder.claim(run_dir, configuration, resume=resume) if writes else None,
+                **options,
+            )
+            if writes:
+                write_run(run_dir, configuration, data, outcome, pictures=pictures)
+        return data, outcome
+
+
+def recipe(
+    images: Images | None,
+    encoder: Encoder | None = None,
+    *,
+    method: str = "ulfine",
+    settings: Mapping[str, Any] | None = None,
+    crops: str | None = None,
+    **training: Any,
+) -> Recipe:
+    """The recipe of a preset, with what it leaves open settled.
+
+    images: None for features in memory. encoder: None is `Encoder()`. settings: fields of the method, in the place of
+    the preset's. crops: None takes the preset's, and "single" of a frozen encoder. training: fields of `Training`; of
+    features tuning is "none" unless it is given, see `training_of` for the others.
+
+    Raises ValueError for an unknown method and for settings and fields that do not fit, TypeError for an unknown field
+    of `Training`.
+    """
+    unknown = training.keys() - options_of(Training).keys()
+    if unknown:
+        raise TypeError(f"training must be {one_of(options_of(Training), min(unknown))}")
+    chosen = changed_method(method, settings or {})
+    if images is None or images.features is not None:
+        training = {"tuning": "none", **training}
+    settled = training_of(method, training)
+    preset, frozen, encoder = PRESETS[method], settled.tuning == "none", encoder or Encoder()
+    if encoder.space is None:
+        # other encoders have one space only, and a frozen one has the same for all methods
+        joint = frozen or encoder.model in IMAGE_WEIGHTS or encoder.model.startswith("timm:")
+        encoder = replace(encoder, space="joint" if joint else preset.space)
+    crops = crops or ("single" if frozen else preset.crops)
+    return Recipe(images, encoder, method, chosen, settled, crops)
 
 
 def _place(device: str, world: World) -> torch.device:
     return torch.device(device, world.local_rank) if device == "cuda" else torch.device(device)
-
-
-def _evaluate(
-    student: Student, test: TestSet, labelled_counts: np.ndarray
-) -> tuple[dict[str, dict[str, Any]], dict[str, Predictions]]:
-    predictions = evaluation.predict(student.learner, test.features)
-    return evaluation.metrics(predictions, test.labels, labelled_counts), predictions
 
 
 def chosen_eta(student: Student) -> float | None:
@@ -151,7 +249,7 @@ def write_run(
     training, rows = outcome.training, class_rows(data)
     images = None if isinstance(data, FeatureData) else data
     report.write_json(
-        run_dir / "metrics.json",
+        run_dir / run_folder.METRICS,
         {
             **surroundings(),
             "units": UNITS,
@@ -197,154 +295,6 @@ def write_run(
         if last.get("distribution")
         else {},
     )
-
-
-def _load(
-    run_dir: Path, configuration: Mapping[str, Any], device: str, crops: str | None = None
-) -> tuple[dict[str, Any], dict[str, Any], Builder]:
-    """Record and tensors of the checkpoint in `run_dir`, and what builds its student."""
-    try:
-        encoder = dict(configuration["encoder"])
-        templates = encoder.pop("templates")
-        encoder = Encoder(**encoder, templates=None if templates is None else tuple(templates))
-        training = Training(**configuration["training"])
-        method = replace(LEARNERS[PRESETS[configuration["name"]].learner], **configuration["method"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{run_dir / CONFIG}: {error}") from error
-    tensors, record = load_run(run_dir, configuration)
-    if isinstance(method, Method) and method.eta_folds:
-        method = replace(method, eta=record["eta"], eta_folds=0)
-    place = _place(device, World())
-    crops = crops or configuration["crops"]
-    return record, tensors, Builder(encoder, method, training, place, crops=crops)
-
-
-def _tower(run_dir: Path, record: Mapping[str, Any], builder: Builder) -> nn.Module:
-    """The encoder of a run as it comes; none of a run on features of one's own."""
-    if record["encoder"] is None:
-        return nn.Identity()
-    tower = builder.tower()
-    # frozen weights are not in the checkpoint
-    if record["encoder"] != tower.fingerprint:
-        raise CheckpointError(
-            f"{run_dir}: expected the encoder of the run, {record['encoder'][:12]}, got another one,"
-            f" {tower.fingerprint[:12]}"
-        )
-    return tower
-
-
-def _student(
-    tower: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], builder: Builder
-) -> Student:
-    counts = torch.tensor(record["labelled_counts"])
-    # first prototypes do not matter: those of the checkpoint take their place
-    width = next(
-        tensors[name].shape[1] for name in tensors if name.startswith("learner.") and tensors[name].ndim == 2
-    )
-    student = builder.student(tower, builder.method, torch.eye(len(counts), width), counts)
-    load_tuned_tensors(student, tensors, averaged=True)
-    return student
-
-
-def _test_images(
-    run_dir: Path, configuration: Mapping[str, Any], class_names: Sequence[str]
-) -> tuple[AnyData, np.ndarray]:
-    """The data of a run, of which only the test images need be there, and their classes among those of the run."""
-    try:
-        choice = Images(**configuration["images"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{run_dir / CONFIG}: {error}") from error
-    for name in PLACES["images"]:
-        # folders of training images may be gone
-        path = None if name in ("labelled", "unlabelled") else getattr(choice, name)
-        if path is not None and not Path(path).exists():
-            raise FileNotFoundError(
-                f"{run_dir}: expected {name} of the run at {path}, got nothing there; relative paths begin in"
-                f" {configuration.get('began_in', '.')}; say where it is: --at {name}=PATH"
-            )
-    if choice.test is None:
-        data = load_images(choice)
-    else:
-        data = folder_data(Path(choice.test), None, Path(choice.test), classes=class_names)
-    labels = np.asarray(data.test_labels)
-    if data.class_names == tuple(class_names):
-        return data, labels
-    unknown = [name for name in data.class_names if name not in class_names]
-    if unknown:
-        raise ValueError(
-            f"{run_dir}: test images must be of the classes of the run, got {shortened(unknown)}"
-        )
-    for names in (class_names, data.class_names):
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"{run_dir}: classes must be those of the run in its order, for several have one name, got"
-                f" {shortened(data.class_names)}"
-            )
-    return data, np.array([class_names.index(name) for name in data.class_names])[labels]
-
-
-def evaluate_run(
-    run_dir: Path, configuration: Mapping[str, Any], *, device: str = "cpu", crops: str | None = None
-) -> tuple[int, dict[str, dict[str, Any]], str]:
-    """Steps and metrics by branch of the run in `run_dir`, from its checkpoint, and which images cannot be read.
-
-    crops None: those of the run. Reads the test images alone, where they lie in folders of their own. Raises
-    FileNotFoundError where there is no checkpoint or nothing at a path of `configuration`, see `run_folder.located`;
-    CheckpointError for the checkpoint or the encoder of another run; ValueError for test images of other classes.
-    """
-    record, tensors, builder = _load(run_dir, configuration, device, crops)
-    data, labels = _test_images(run_dir, configuration, record["class_names"])
-    reading = ReadReport()
-    if isinstance(data, FeatureData):
-        student = _student(nn.Identity(), record, tensors, builder)
-        views = data.test if data.test.ndim == 3 else data.test[:, None]
-        test = TestSet(views, torch.from_numpy(labels), None)
-    else:
-        tower = _tower(run_dir, record, builder)
-        if builder.training.tuning == "none":
-            # before the centre of the run is in its place
-            of_centre = builder.cached_test_set(tower, data.test, labels, reading)
-            student = _student(tower, record, tensors, builder)
-            test = of_centre(tower.centre)
-        else:
-            student = _student(tower, record, tensors, builder)
-            test = builder.test_set(student, data.test, labels, reading)
-    metrics, _ = _evaluate(student, test, np.array(record["labelled_counts"]))
-    return record["steps"], metrics, reading.summary()
-
-
-def export_run(run_dir: Path, configuration: Mapping[str, Any], path: Path) -> None:
-    """`export_head` of the run in `run_dir`; no image is read."""
-    record, tensors, builder = _load(run_dir, configuration, "cpu")
-    student = _student(_tower(run_dir, record, builder), record, tensors, builder)
-    export_head(path, student, record["class_names"])
-
-
-def export_head(path: Path, student: Student, class_names: Sequence[str]) -> None:
-    """Write the head as one linear layer, a safetensors file: logits = weight @ unit(feature).
-
-    Tensors: weight float32 [C, D] and, of a tower that has one, centre float32 [D], which its features have had
-    subtracted. Metadata: class_names as JSON. ValueError for a method whose prediction is no such layer, and for a
-    path that does not end in .safetensors.
-
-    Of an encoder that was tuned nothing is written: the layer fits the features of the tuned one alone.
-    """
-    from safetensors.torch import save
-
-    if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors, got {path}")
-    folded = student.learner.folded()
-    if folded is None:
-        raise ValueError(
-            f"the prediction must be one linear map of the unit feature, got {type(student.learner).__name__}"
-        )
-    tensors = {"weight": folded.detach().cpu().contiguous()}
-    if getattr(student.tower, "centred", False):
-        tensors["centre"] = student.tower.centre.cpu()
-    with replacing(path) as temporary:
-        temporary.write_bytes(
-            save(tensors, {"class_names": json.dumps(list(class_names), ensure_ascii=False)})
-        )
 
 
 def versions() -> dict[str, str]:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOGGER = logging.getLogger(__name__)
-CONFIG, EVALUATION = "config.json", "evaluation.json"
-REPORTS = ("metrics.json", "predictions.csv", *PICTURES)
+CONFIG, EVALUATION, METRICS = "config.json", "evaluation.json", "metrics.json"
+REPORTS = (METRICS, "predictions.csv", *PICTURES)
 LOCK = ".lock"
 # Where images and weights lie; what they are is in the identity of a checkpoint.
 PLACES = {
@@ -234,7 +234,9 @@ def read_configuration(run_dir: Path) -> dict[str, Any]:
     return configuration
 
 
-def load_run(run_dir: Path, configuration: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def checkpoint_of(
+    run_dir: Path, configuration: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and record of the checkpoint in `run_dir`; FileNotFoundError where there is none yet.
 
     CheckpointError where its method or training is not that of `configuration`.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ulfine_fast.config import METHODS, Method
+from ulfine_fast.config import METHODS, PRESETS, Method
 from ulfine_fast.learners.acr import Acr, AcrConfig
 from ulfine_fast.learners.ccl import Ccl, CclConfig
 from ulfine_fast.learners.daso import Daso, DasoConfig
@@ -15,9 +19,9 @@ from ulfine_fast.learners.freematch import FreeMatch, FreeMatchConfig
 from ulfine_fast.learners.learner import Config, Learner, Pseudo
 from ulfine_fast.learners.loft import Loft, LoftConfig
 from ulfine_fast.ops import _checks
-from ulfine_fast.options import one_of
+from ulfine_fast.options import one_of, options_of
 
-__all__ = ["LEARNERS", "Config", "Learner", "Pseudo", "build_learner"]
+__all__ = ["LEARNERS", "Config", "Learner", "Pseudo", "build_learner", "changed_method"]
 
 LEARNERS: dict[str, Method | Config] = {
     **METHODS,
@@ -38,6 +42,22 @@ _LEARNER_OF: dict[type, type[Learner]] = {
     FineSslConfig: FineSsl,
     LoftConfig: Loft,
 }
+
+
+def changed_method(name: str, settings: Mapping[str, Any]) -> Method | Config:
+    """The method of the preset `name` with other settings, values by field; given an eta, none is chosen.
+
+    Raises ValueError for an unknown preset or field, and for a value that does not fit.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"method must be {one_of(PRESETS, name)}")
+    config = LEARNERS[PRESETS[name].learner]
+    known = options_of(type(config))
+    for field in settings:
+        if field not in known:
+            raise ValueError(f"settings must be among the fields of {name}: {one_of(known, field)}")
+    chosen = {"eta_folds": 0} if "eta" in settings and "eta_folds" in known else {}
+    return replace(config, **{**chosen, **settings})
 
 
 def build_learner(
