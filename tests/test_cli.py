@@ -350,6 +350,17 @@ def test_a_comparison_that_was_cut_goes_on(tmp_path, monkeypatch):
     assert [run["digest"] for run in two["lift"]["runs"]] == [run["digest"] for run in whole["lift"]["runs"]]
 
 
+def test_a_comparison_takes_up_no_run_that_would_end_otherwise(tmp_path):
+    words = ["compare", *QUICK, "--seeds", "1", "--jobs", "1", "--method", "lift", "--method", "lift"]
+    # one that is named twice is trained once
+    assert "1 runs: lift; seed 0" in call(*words).output
+    before = (tmp_path / "runs/compare/lift-0/config.json").read_bytes()
+    result = call(*words, "--steps", "40", code=1)
+    assert "runs/compare/lift-0 holds another run: training.steps: expected 30, got 40" in result.output
+    assert "choose another --out, or remove that folder" in result.output
+    assert (tmp_path / "runs/compare/lift-0/config.json").read_bytes() == before
+
+
 def test_finished_runs_are_compared(tmp_path):
     for name, words in {"a": ["--set", "mu=0.1"], "b": ["--set", "mu=0.3"], "c": ["--method", "acr"]}.items():
         call("train", *QUICK, *words, "--out", f"runs/{name}")
@@ -359,6 +370,21 @@ def test_finished_runs_are_compared(tmp_path):
     assert "Wrote metrics.json and 4 pictures to runs/all" in result.output
     assert "got no metrics.json in it" in call("compare", "runs/nowhere", code=1).output
     assert "got both: steps" in call("compare", "runs/a", "--steps", "3", code=2).output
+
+
+def test_compared_runs_are_never_taken_for_seeds_of_each_other(tmp_path):
+    for name, seed in {"x/r": 0, "y/r": 1, "z": 1}.items():
+        call("train", *QUICK, "--seed", seed, "--out", f"runs/{name}")
+
+    def methods(*names):
+        call("compare", *(f"runs/{name}" for name in names), "--out", "runs/all")
+        found = strict(tmp_path / "runs/all/metrics.json")["methods"]
+        return {name: len(summary["runs"]) for name, summary in found.items()}
+
+    assert methods("x/r", "y/r") == {"ulfine": 2}
+    # given twice, and the same seed twice
+    assert methods("z", "../runs/z") == {"ulfine": 1}
+    assert methods("x/r", "y/r", "z") == {"runs/x/r": 1, "runs/y/r": 1, "z": 1}
 
 
 def test_finetune_is_train_and_says_so(tmp_path):

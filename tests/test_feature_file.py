@@ -130,8 +130,15 @@ FAULTS = [
         {"strong": np.ones((4, WIDTH), np.float32)},
         "strong views of the 5 images of weak, got 4",
     ),
-    ({"test": NAN}, "test to be finite, got 3 rows that are not"),
-    ({"test": np.full((4, WIDTH), 1e300)}, "test to be finite, got 4 rows that are not"),
+    ({"test": NAN}, "test to be rows of finite length in float32, got 3 rows that are not"),
+    (
+        {"test": np.full((4, WIDTH), 1e300)},
+        "test to be rows of finite length in float32, got 4 rows that are not",
+    ),
+    (
+        {"test": np.full((4, WIDTH), 1e30)},
+        "test to be rows of finite length in float32, got 4 rows that are not",
+    ),
     ({"labels": np.zeros(6, np.int64)}, r"labels of whole numbers, \[7\], got int64 \[6\]"),
     ({"labels": np.zeros(7)}, r"labels of whole numbers, \[7\], got float64 \[7\]"),
     ({"labels": np.zeros(7, bool)}, r"labels of whole numbers, \[7\], got bool \[7\]"),

@@ -111,7 +111,8 @@ def _options(
 
 
 def _known_or_all(names: list[str] | None) -> list[str]:
-    return [known(PRESETS)(name) for name in names or METHODS]
+    # one that is named twice is trained once
+    return [known(PRESETS)(name) for name in dict.fromkeys(names or METHODS)]
 
 
 Methods = Annotated[

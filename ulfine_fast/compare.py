@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -52,6 +53,15 @@ class Task:
         # as JSON has it: a tuple is a list
         return {**saved, "began_in": ""} == json.loads(json.dumps({**now, "began_in": ""}))
 
+    def check(self) -> None:
+        """FileExistsError where the folder has another run: one of other steps, too, would not end as this one."""
+        if (self.run_dir / run_folder.CONFIG).exists():
+            difference = run_folder.difference_of_runs(self.run_dir, self.recipe.configuration())
+            if difference:
+                raise FileExistsError(
+                    f"{self.run_dir} holds another run: {difference}\nchoose another --out, or remove that folder"
+                )
+
     def do(self) -> None:
         """Train and write what a run leaves, but no pictures; goes on from a checkpoint."""
         if self.threads:
@@ -93,6 +103,8 @@ def do_all(todo: Sequence[Task], jobs: int, console: Console) -> None:
     left = [task for task in todo if not task.is_done()]
     if len(left) < len(todo):
         console.print(f"{len(todo) - len(left)} of {len(todo)} runs are there already")
+    for task in left:
+        task.check()
     for images in dict.fromkeys(task.recipe.images for task in left):
         _encode(next(task for task in left if task.recipe.images == images))
     with ExitStack() as stack:
@@ -125,14 +137,25 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         found["metrics"], found["configuration"]["name"]
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path}: expected the metrics of a run, got no {error} in it") from error
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected the metrics of a run, got: {error!r}") from error
     return found
 
 
 def by_method(run_dirs: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """The metrics of runs by method, and by folder where runs of a method differ in more than their seed."""
-    found = [(run_dir, read_metrics(run_dir)) for run_dir in run_dirs]
+    """The metrics of runs by method, and by folder where those of a method differ in more or in less than their seed.
+
+    A folder that is given twice counts once.
+    """
+    folders = {run_dir.resolve(): run_dir for run_dir in run_dirs}
+    names = Counter(folder.name for folder in folders)
+    of_method: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for folder, run_dir in folders.items():
+        metrics = read_metrics(run_dir)
+        shown = folder.name if names[folder.name] == 1 else str(run_dir)
+        of_method.setdefault(metrics["configuration"]["name"], []).append((shown, metrics))
 
     def kind(metrics: Mapping[str, Any]) -> str:
         configuration = json.loads(json.dumps(metrics["configuration"]))
@@ -140,13 +163,14 @@ def by_method(run_dirs: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
             configuration.get(part, {}).pop("seed", None)
         return json.dumps({**configuration, "began_in": ""}, sort_keys=True)
 
-    kinds: dict[str, set[str]] = {}
-    for _, metrics in found:
-        kinds.setdefault(metrics["configuration"]["name"], set()).add(kind(metrics))
     groups: dict[str, list[dict[str, Any]]] = {}
-    for run_dir, metrics in found:
-        name = metrics["configuration"]["name"]
-        groups.setdefault(name if len(kinds[name]) == 1 else run_dir.name, []).append(metrics)
+    for name, found in of_method.items():
+        runs = [metrics for _, metrics in found]
+        seeds = {metrics["configuration"]["training"]["seed"] for metrics in runs}
+        if len(seeds) == len(runs) and len({kind(metrics) for metrics in runs}) == 1:
+            groups[name] = runs
+        else:
+            groups |= {shown: [metrics] for shown, metrics in found}
     return groups
 
 

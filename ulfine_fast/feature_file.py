@@ -192,9 +192,12 @@ def _features(
     if width is not None and rows.shape[-1] != width:
         raise _Fault(f"{name} of width {width}, as labelled", rows.shape[-1])
     rows = rows.float()
-    finite = rows.isfinite().flatten(0, -2).all(-1)
+    # also where every number is finite and their squares are not
+    finite = torch.linalg.vector_norm(rows, dim=-1).isfinite()
     if not finite.all():
-        raise _Fault(f"{name} to be finite", f"{int((~finite).sum())} rows that are not")
+        raise _Fault(
+            f"{name} to be rows of finite length in float32", f"{int((~finite).sum())} rows that are not"
+        )
     return unit_(rows)
 
 

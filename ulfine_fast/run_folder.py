@@ -125,12 +125,7 @@ def reserve(run_dir: Path, configuration: dict[str, Any], *, resume: bool, overw
 
 def _check_claim(run_dir: Path, configuration: dict[str, Any], resume: bool) -> None:
     if (run_dir / CONFIG).exists():
-        kept = _kept if resume else dict
-        saved, now = (
-            {name: value for name, value in kept(record).items() if name != "began_in"}
-            for record in (read_configuration(run_dir), configuration)
-        )
-        difference = first_difference(saved, now)
+        difference = difference_of_runs(run_dir, configuration, resume=resume)
         if difference:
             raise FileExistsError(
                 f"{run_dir} holds another run: {difference}\nchoose another --out, or --overwrite it"
@@ -139,6 +134,21 @@ def _check_claim(run_dir: Path, configuration: dict[str, Any], resume: bool) -> 
         raise FileNotFoundError(f"--resume: expected a run in {run_dir}, got no {CONFIG}")
     elif any(path.name != LOCK for path in run_dir.iterdir()):
         raise FileExistsError(f"{run_dir}: expected a run folder or an empty one, got something else")
+
+
+def difference_of_runs(
+    run_dir: Path, configuration: Mapping[str, Any], *, resume: bool = False
+) -> str | None:
+    """The first field in which the run in `run_dir` has not this configuration, and both values; None: it has.
+
+    resume: only what a run keeps when it goes on.
+    """
+    kept = _kept if resume else dict
+    saved, now = (
+        {name: value for name, value in kept(record).items() if name != "began_in"}
+        for record in (read_configuration(run_dir), configuration)
+    )
+    return first_difference(saved, now)
 
 
 def located(configuration: Mapping[str, Any], at: Sequence[str] = ()) -> dict[str, Any]:
