@@ -14,21 +14,13 @@ from pathlib import Path
 import torch
 
 from ulfine_fast.build import load_images
-from ulfine_fast.config import PRESETS, Encoder, Images, Training
+from ulfine_fast.config import DEMO_IMAGES, PRESETS, Encoder, Training
 from ulfine_fast.learners import LEARNERS
 from ulfine_fast.metrics import mean_and_std
 from ulfine_fast.report import percent
 from ulfine_fast.run import run
 
 RESULTS = Path(__file__).parent / "results" / "methods.csv"
-IMAGES = Images(
-    dataset="fashion-mnist-subset",
-    protocol="usb",
-    labelled_largest=150,
-    unlabelled_largest=250,
-    imbalance=50.0,
-    class_order="shuffled",
-)
 ENCODER = Encoder(size=96)
 BATCH = {"labelled_batch": 32, "unlabelled_batch": 64, "log_every": 25}
 STEPS = 150
@@ -55,7 +47,7 @@ def measure(method: str, seed: int) -> dict[str, object]:
     preset = PRESETS[method]
     schedule = Training(**{"steps": STEPS, **preset.training, **BATCH, "seed": seed})
     outcome = run(
-        load_images(replace(IMAGES, seed=seed)),
+        load_images(replace(DEMO_IMAGES, seed=seed)),
         ENCODER,
         LEARNERS[preset.learner],
         schedule,

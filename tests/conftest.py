@@ -25,6 +25,7 @@ from hypothesis import Phase, settings
 
 from ulfine_fast import _cuda, _native
 from ulfine_fast.backend import COMPOSED, OPS
+from ulfine_fast.cache import CACHE_VARIABLE
 
 torch.set_num_threads(1)
 # Asked before a test hides the device: the driver counts devices once in a process.
@@ -138,6 +139,14 @@ def tf32() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = True
     yield
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a module encodes goes into a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

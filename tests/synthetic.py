@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,9 +15,16 @@ from ulfine_fast.config import Method, Training
 from ulfine_fast.engine import Student
 from ulfine_fast.features import FeatureData
 from ulfine_fast.history import TrainResult
-from ulfine_fast.learners import Config, Learner, build_learner
+from ulfine_fast.learners import LEARNERS, Config, Learner, build_learner
 from ulfine_fast.loop import train
 from ulfine_fast.splits import make_split
+
+# Every method that trains; eta is settled before a head is built.
+TRAINED = {
+    name: replace(config, eta_folds=0) if isinstance(config, Method) else config
+    for name, config in LEARNERS.items()
+    if name != "zero_shot"
+}
 
 
 def small_data(

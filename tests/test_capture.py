@@ -8,25 +8,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from synthetic import cached_run, small_data
+from synthetic import TRAINED, cached_run, small_data
 from tolerances import assert_same_bits, never_waits
 from torch import nn
 
 from ulfine_fast import capture, training_state, use_backend
 from ulfine_fast.batches import FeatureViews
 from ulfine_fast.capture import CapturedStep
-from ulfine_fast.config import Method, Training
+from ulfine_fast.config import Training
 from ulfine_fast.distributed import World
 from ulfine_fast.engine import Engine, Student
-from ulfine_fast.learners import LEARNERS, build_learner
+from ulfine_fast.learners import build_learner
 from ulfine_fast.optimizer import fused_optimizer
 
 SCHEDULE = Training(steps=12, labelled_batch=16, unlabelled_batch=24, learning_rate=0.05, log_every=5)
-TRAINED = {
-    name: replace(config, eta_folds=0) if isinstance(config, Method) else config
-    for name, config in LEARNERS.items()
-    if name != "zero_shot"
-}
 RUNS = [(name, optimizer) for name in TRAINED for optimizer in ("sgd", "adamw")]
 
 

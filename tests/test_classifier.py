@@ -20,9 +20,12 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import ulfine_fast as uf
-from ulfine_fast.cache import CACHE_VARIABLE
+from ulfine_fast.augment import build_pipeline
+from ulfine_fast.build import load_images
 from ulfine_fast.checkpoint import load_checkpoint
 from ulfine_fast.cli import app
+from ulfine_fast.feature_cache import encoded_features
+from ulfine_fast.towers import load_tower
 
 QUICK = {
     "steps": 4,
@@ -34,11 +37,7 @@ QUICK = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +290,12 @@ def test_the_example_of_the_readme_runs(folder, encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "head.safetensors").exists()
+
+
+def test_features_in_memory_that_know_their_images_are_evaluated(images, encoder):
+    pipeline = build_pipeline("finessl")
+    tower = load_tower(encoder.model)
+    features = encoded_features(tower, load_images(images), pipeline, workers=0, progress=False)
+    assert features.images is not None
+    run = uf.train(features, **QUICK)
+    assert run.evaluate() == run.metrics

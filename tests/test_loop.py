@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import cached_run, small_data
+from synthetic import TRAINED, cached_run, small_data
 from tolerances import never_waits
 from torch import nn
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ulfine_fast import loop, use_backend
 from ulfine_fast.batches import FeatureViews, Stream
 from ulfine_fast.checkpoint import CheckpointError, Terminated, load_checkpoint
-from ulfine_fast.config import METHODS, Method, Training
+from ulfine_fast.config import METHODS, Training
 from ulfine_fast.distributed import World
 from ulfine_fast.engine import Engine, Student
 from ulfine_fast.evaluation import metrics, predict
@@ -41,12 +41,6 @@ ULFINE = METHODS["ulfine"]
 RESUMED = [
     (name, optimizer) for name in ("ulfine", "ulfine_plus", "fixmatch") for optimizer in ("sgd", "adamw")
 ]
-# eta is settled before a head is built
-TRAINED = {
-    name: replace(config, eta_folds=0) if isinstance(config, Method) else config
-    for name, config in LEARNERS.items()
-    if name != "zero_shot"
-}
 
 
 def small_run(method=ULFINE, schedule=SCHEDULE, data=None, **options):

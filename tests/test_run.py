@@ -26,7 +26,6 @@ from ulfine_fast import run as run_module
 from ulfine_fast.augment import build_pipeline, five_crops
 from ulfine_fast.batches import FeatureViews, ImageViews
 from ulfine_fast.build import Builder, class_rows, load_images
-from ulfine_fast.cache import CACHE_VARIABLE
 from ulfine_fast.checkpoint import CheckpointError, load_checkpoint
 from ulfine_fast.classifier import stored_run
 from ulfine_fast.config import PRESETS, Encoder, Images, Training
@@ -44,11 +43,7 @@ WIDTH = 4
 WITHOUT_WIDTH = ("none", "linear_probe", "full", "partial", "bitfit", "ln_tune", "ssf")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ulfine_fast.distributed import World, gather_rows
 from ulfine_fast.engine import Student, encode
 from ulfine_fast.feature_cache import encoded_features, encoded_test
 from ulfine_fast.feature_file import read_features
-from ulfine_fast.features import FeatureData
+from ulfine_fast.features import FeatureData, check_every_class, class_means
 from ulfine_fast.image_data import UNKNOWN, ImageData
 from ulfine_fast.image_folders import folder_data
 from ulfine_fast.image_tables import list_data, table_data
@@ -108,6 +108,13 @@ class TestSet(NamedTuple):
     labels: Tensor  # [n] int64
     names: list[str] | None  # None: features of one's own
 
+    @classmethod
+    def of(cls, data: FeatureData) -> Self:
+        """The test part of `data`."""
+        images = None if data.images is None else data.images.test
+        names = None if images is None else [images.name(row) for row in range(len(images))]
+        return cls(data.test if data.test.ndim == 3 else data.test[:, None], data.test_labels, names)
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -183,10 +190,10 @@ class Builder:
         if isinstance(data, FeatureData):
             if self.training.tuning != "none":
                 raise ValueError(f"tuning must be none with features, got {self.training.tuning!r}")
-            yield self._on_features(data, nn.Identity(), None)
+            yield self._on_features(data, nn.Identity())
         elif self.training.tuning == "none":
             tower = self.tower()
-            yield self._on_features(self._encoded(tower, data), tower, data)
+            yield self._on_features(self._encoded(tower, data), tower)
         else:
             with self._on_images(data) as setup:
                 yield setup
@@ -293,36 +300,23 @@ class Builder:
             **self._encoding(),
         )
 
-    def _on_features(self, data: FeatureData, tower: nn.Module, images: ImageData | None) -> Setup:
-        training, labels = self.training, data.labels
+    def _on_features(self, data: FeatureData, tower: nn.Module) -> Setup:
+        training = self.training
         if data.centre is not None and isinstance(tower, Tower):
             tower.centre.copy_(data.centre)
         prototypes = data.prototypes.to(self.device)
-        method = settle_eta(data.labelled, labels, prototypes, self.method, training)
+        method = settle_eta(data.labelled, data.labels, prototypes, self.method, training)
         student = self.student(tower, method, data.prototypes, data.labelled_counts)
-        names = None if data.images is None else data.images.test
-        names = None if names is None else [names.name(row) for row in range(len(names))]
-        test = data.test if data.test.ndim == 3 else data.test[:, None]
         used = (
-            "labelled",
-            "labels",
-            "weak",
-            "strong",
-            "prototypes",
-            "unlabelled_is_labelled",
-            "labelled_counts",
-        )
+            "labelled", "labels", "weak", "strong", "prototypes", "unlabelled_is_labelled", "labelled_counts",
+        )  # fmt: skip
+        features = {name: digest(torch.as_tensor(getattr(data, name))) for name in used}
         return Setup(
             student,
             FeatureViews.of(data, training, self.device),
             data.labelled_counts.numpy(),
-            lambda: TestSet(test, data.test_labels, names),
-            self._identity(
-                tower,
-                data,
-                method,
-                {"features": {name: digest(torch.as_tensor(getattr(data, name))) for name in used}},
-            ),
+            lambda: TestSet.of(data),
+            self._identity(tower, data, method, {"features": features}),
         )
 
     @contextmanager
@@ -403,19 +397,10 @@ class Builder:
 def _class_means(
     encode_images: Callable[[Tensor], Tensor], data: ImageData, reader: Reader, random: np.random.Generator
 ) -> Tensor:
-    empty = np.flatnonzero(data.labelled_counts == 0)
-    if len(empty):
-        raise ValueError(
-            "first prototypes must be class means where the encoder has no text tower: expected labelled images of"
-            f" every class, got none of {data.class_names[empty[0]]!r}"
-        )
+    check_every_class(data.labelled_counts, data.class_names)
     order = random.permutation(len(data.labels))
     most = np.full(len(data.class_names), MEAN_IMAGES)
     chosen = order[first_per_class(data.labels[order], most)]
     features, readable = reader.features(encode_images, data.train, data.labelled[chosen])
     rows, labels = F.normalize(features[readable, 0], dim=-1), torch.from_numpy(data.labels[chosen][readable])
-    sums = torch.zeros(len(data.class_names), rows.shape[1]).index_add_(0, labels, rows)
-    if not bool(sums.any(-1).all()):
-        unread = int((~sums.any(-1)).nonzero()[0])
-        raise ValueError(f"first prototypes: no labelled image of {data.class_names[unread]!r} can be read")
-    return F.normalize(sums, dim=-1)
+    return class_means(rows[None], labels, data.class_names)

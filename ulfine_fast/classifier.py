@@ -225,9 +225,8 @@ class Run:
             data, labels = _test_images(self.folder, self.configuration, classifier.class_names)
         else:
             data, labels = self.data, np.asarray(self.data.test_labels)
-        if isinstance(data, FeatureData) and data.images is None:
-            views = data.test if data.test.ndim == 3 else data.test[:, None]
-            test = TestSet(views, torch.from_numpy(labels), None)
+        if isinstance(data, FeatureData):
+            test = TestSet.of(data)._replace(labels=torch.from_numpy(labels))
         elif builder.training.tuning == "none":
             # what is kept is of the encoder without its centre
             of_centre = builder.cached_test_set(builder.tower(), data.test, labels, report)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ulfine_fast.command_options import known, record, settings_of, with_options
-from ulfine_fast.config import CACHED, METHODS, PRESETS, Encoder, Images, Training
+from ulfine_fast.config import CACHED, DEMO_IMAGES, METHODS, PRESETS, Encoder, Images, Training
 from ulfine_fast.options import options_of
 from ulfine_fast.terminal import (
     RUN,
@@ -59,15 +59,6 @@ Crops = Annotated[
     Literal["single", "five"] | None,
     typer.Option(help="Views of a test image.", show_default="the method's", rich_help_panel=RUN),
 ]
-# What the demonstration compares its methods on.
-DEMO_IMAGES = Images(
-    dataset="fashion-mnist-subset",
-    protocol="usb",
-    labelled_largest=150,
-    unlabelled_largest=250,
-    imbalance=50.0,
-    class_order="shuffled",
-)
 DEMO_TRAINING = {"tuning": "none", "pipeline": "small"}
 At = Annotated[
     list[str] | None,

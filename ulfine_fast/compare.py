@@ -18,7 +18,6 @@ import torch
 from ulfine_fast import report, run_folder
 from ulfine_fast.build import Builder, load_images
 from ulfine_fast.config import PRESETS, Encoder, Images
-from ulfine_fast.features import FeatureData
 from ulfine_fast.learners import LEARNERS
 from ulfine_fast.metrics import GROUPS, mean_and_std
 from ulfine_fast.run import UNITS, Recipe, curve, recipe, surroundings
@@ -121,11 +120,11 @@ def do_all(todo: Sequence[Task], jobs: int, console: Console) -> None:
 
 def _encode(task: Task) -> None:
     """Bring what a frozen encoder makes of the images into the cache, once for all runs on them."""
-    recipe, data = task.recipe, load_images(task.recipe.images)
-    if recipe.training.tuning == "none" and not isinstance(data, FeatureData):
+    recipe = task.recipe
+    if recipe.training.tuning == "none" and recipe.images.features is None:
         method, device = LEARNERS["fixmatch_la"], torch.device(task.device)
         builder = Builder(recipe.encoder, method, recipe.training, device, crops=recipe.crops)
-        with builder.setup(data):
+        with builder.setup(load_images(recipe.images)):
             pass
 
 

@@ -1,4 +1,4 @@
-"""Every choice of a run in frozen records, and the presets of both commands."""
+"""Every choice of a run in frozen records, and the presets."""
 
 from __future__ import annotations
 
@@ -251,7 +251,9 @@ class Images(Record):
         shown="0.25 and 0.1",
     )
     features: str | None = option(
-        None, "Features of an encoder of your own, .npz or .safetensors, see feature_file.", metavar="FILE"
+        None,
+        "Features of an encoder of your own, .npz or .safetensors, see docs/finetuning.md.",
+        metavar="FILE",
     )
     seed: int = _SEED
 
@@ -341,8 +343,7 @@ class Training(Record):
 
     tuning: str = option(
         "adaptformer",
-        "What of the encoder is trained. none: nothing, each view is encoded once. linear_probe: nothing, with new views in"
-        " every step. Or",
+        "What of the encoder is trained; with none each view is encoded once, with linear_probe anew in every step",
         choices=(
             "none", "linear_probe", "full", "partial", "bitfit", "ln_tune", "adaptformer", "adapter", "lora", "lora_mlp",
             "ssf", "vpt_shallow", "vpt_deep",
@@ -401,7 +402,7 @@ class Training(Record):
 
 @dataclass(frozen=True)
 class Preset:
-    """A method of image training: a learner, and what it changes in the defaults of the records above."""
+    """A method: a learner, and what it changes in the defaults of the records above."""
 
     learner: str  # a name of `learners.LEARNERS`
     summary: str
@@ -478,3 +479,14 @@ def training_of(name: str, given: Mapping[str, Any]) -> Training:
         # one that is not trained takes no step anyhow
         own = CACHED | ({"steps": 0} if own.get("steps") == 0 else {})
     return Training(**{**own, **given})
+
+
+# What the demonstration, and the table of docs/finetuning.md, compare methods on.
+DEMO_IMAGES = Images(
+    dataset="fashion-mnist-subset",
+    protocol="usb",
+    labelled_largest=150,
+    unlabelled_largest=250,
+    imbalance=50.0,
+    class_order="shuffled",
+)

@@ -186,11 +186,16 @@ def class_means(labelled: Tensor, labels: Tensor, class_names: Sequence[str]) ->
 
     labelled: [K, n_l, D] unit rows; labels: [n_l]. ValueError for a class without any.
     """
+    check_every_class(torch.bincount(labels, minlength=len(class_names)).numpy(), class_names)
     sums = torch.zeros(len(class_names), labelled.shape[-1]).index_add_(0, labels, labelled.sum(0))
-    empty = (torch.bincount(labels, minlength=len(class_names)) == 0).nonzero().flatten().tolist()
-    if empty:
+    return F.normalize(sums, dim=1)
+
+
+def check_every_class(counts: np.ndarray, class_names: Sequence[str]) -> None:
+    """ValueError unless every class has labelled images, `counts` [C], for `class_means`."""
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
         raise ValueError(
             "first prototypes must be class means where there are none of a text: expected labelled images of every"
             f" class, got none of {class_names[empty[0]]!r}"
         )
-    return F.normalize(sums, dim=1)

@@ -23,6 +23,7 @@ from ulfine_fast.distributed import World, gather_octets, whole
 from ulfine_fast.encoder import IMAGE_WEIGHTS
 from ulfine_fast.engine import Student
 from ulfine_fast.evaluation import Predictions
+from ulfine_fast.feature_cache import VIEWS
 from ulfine_fast.features import FeatureData
 from ulfine_fast.history import TrainResult
 from ulfine_fast.learners import changed_method
@@ -31,7 +32,6 @@ from ulfine_fast.options import one_of, options_of
 from ulfine_fast.training_state import tuned_tensors
 
 UNITS = {"accuracy": "fraction of images, 0 to 1", "loss": "nats", "seconds": "s", "std": "sample, n - 1"}
-CROPS = ("single", "five")
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def run(
     """
     if training.steps and not getattr(method, "trained", True):
         raise ValueError(f"run: steps must be 0 for a method that is not trained, got {training.steps}")
-    if crops not in CROPS:
-        raise ValueError(f"run: crops must be {one_of(CROPS, crops)}")
+    if crops not in VIEWS:
+        raise ValueError(f"run: crops must be {one_of(VIEWS, crops)}")
     world = world or World()
     place = _place(device, world)
     started = time.perf_counter()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulfine_fast.learners.learner import Pseudo, confident
+from ulfine_fast.learners.learner import Pseudo, Share, confident
 from ulfine_fast.learners.two_heads import TwoHeads, TwoHeadsConfig
 from ulfine_fast.losses import one_hot
 from ulfine_fast.options import option
@@ -56,7 +56,7 @@ class Acr(TwoHeads):
         return self.config.largest_tau * distance.softmax(0)[0]
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: Share) -> Pseudo:
         """A target for each head, from its own logits."""
         threshold = self.config.threshold
         plain = self.plain(weak)

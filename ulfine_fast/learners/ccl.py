@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulfine_fast.learners.learner import Pseudo, confident
+from ulfine_fast.learners.learner import Pseudo, Share, confident
 from ulfine_fast.learners.two_heads import TwoHeads, TwoHeadsConfig
 from ulfine_fast.options import option
 
@@ -43,7 +43,7 @@ class Ccl(TwoHeads):
         return 0.5 * (self.plain(features) - prior.log()) + 0.5 * self.head(features)
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: Share) -> Pseudo:
         """The label of the fused logits, kept from the threshold."""
         logits = self.logits(weak)
         probabilities = logits.softmax(-1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ulfine_fast.learners.learner import Config, Learner, Pseudo, consistency
+from ulfine_fast.learners.learner import Config, Learner, Pseudo, Share, consistency
 from ulfine_fast.losses import logit_adjustment
 from ulfine_fast.ops import proto_logits
 from ulfine_fast.ops._rows import unit_rows
@@ -48,13 +48,7 @@ class CosineLearner(Learner):
         self.register_buffer("labelled_counts", labelled_counts.clone())
 
     def loss(
-        self,
-        labelled: Tensor,
-        targets: Tensor,
-        strong: Tensor,
-        rows: Tensor,
-        pseudo: Pseudo,
-        progress: float | Tensor,
+        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: Share
     ) -> Tensor:
         """Labelled loss, and consistency of the strong views with their pseudo-labels."""
         return self.labelled_loss(labelled, targets) + consistency(

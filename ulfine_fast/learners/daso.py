@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.learners.cosine import CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, confident, consistency, look_back
+from ulfine_fast.learners.learner import Config, Pseudo, Share, confident, consistency, look_back
 from ulfine_fast.learners.running import RunningSum, class_sums
 from ulfine_fast.losses import one_hot
 from ulfine_fast.ops import proto_logits
@@ -72,7 +72,7 @@ class Daso(CosineLearner):
         return (share / share.max()) ** (1.0 / self.config.blend_temperature)
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: Share) -> Pseudo:
         """The label of the blended distribution, kept from the threshold."""
         config = self.config
         linear, semantic = self.head(weak).softmax(-1), self.semantic(weak).softmax(-1)
@@ -85,13 +85,7 @@ class Daso(CosineLearner):
         return Pseudo(label, config.unlabelled_weight * encoded, torch.where(keep, label, -1), (semantic,))
 
     def loss(
-        self,
-        labelled: Tensor,
-        targets: Tensor,
-        strong: Tensor,
-        rows: Tensor,
-        pseudo: Pseudo,
-        progress: float | Tensor,
+        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: Share
     ) -> Tensor:
         """The loss of `CosineLearner`, and the alignment of strong with weak views after the warm-up."""
         loss = super().loss(labelled, targets, strong, rows, pseudo, progress)

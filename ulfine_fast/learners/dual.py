@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ulfine_fast.config import Method
 from ulfine_fast.head import DualHead
-from ulfine_fast.learners.learner import Learner, Pseudo
+from ulfine_fast.learners.learner import Learner, Pseudo, Share
 from ulfine_fast.losses import LOSSES, labelled_log_prior, one_hot
 from ulfine_fast.ops import PseudoLabels, proto_logits
 
@@ -49,7 +49,7 @@ class Dual(Learner):
         measure_scales(self.head, weak, self.config)
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: Share) -> Pseudo:
         """Pseudo-labels of the fused branches; see `DualHead.pseudo_label`."""
         config = self.config
         found = self.head.pseudo_label(
@@ -79,12 +79,7 @@ class Dual(Learner):
         return spread
 
     def joint(
-        self,
-        labelled: Tensor,
-        targets: Tensor,
-        weak: Tensor,
-        strong: Tensor,
-        progress: float | Tensor,
+        self, labelled: Tensor, targets: Tensor, weak: Tensor, strong: Tensor, progress: Share
     ) -> tuple[Tensor, Pseudo]:
         """The same in one call of `head_loss`, which skips the rejected rows on the device."""
         config, state = self.config, self.head.state
@@ -106,13 +101,7 @@ class Dual(Learner):
         return loss, Pseudo(found.label, found.keep, found.label, counted=found)
 
     def loss(
-        self,
-        labelled: Tensor,
-        targets: Tensor,
-        strong: Tensor,
-        rows: Tensor,
-        pseudo: Pseudo,
-        progress: float | Tensor,
+        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: Share
     ) -> Tensor:
         """Labelled and weighted strong cross-entropy, and orthogonality; see `head_loss`."""
         config = self.config

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ulfine_fast.learners.cosine import CosineHead, CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, confident, consistency, look_back
+from ulfine_fast.learners.learner import Config, Pseudo, Share, confident, consistency, look_back
 from ulfine_fast.learners.running import RunningSum
 from ulfine_fast.losses import cross_entropy, logit_adjustment, one_hot
 from ulfine_fast.options import option, redefined, share
@@ -79,7 +79,7 @@ class FineSsl(CosineLearner):
         return self.config.margin * (status.max() - status.min()) * (1.0 - status) / (1.0 + status)
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: Share) -> Pseudo:
         """The label of the main head, weighed by the confidence of the auxiliary one."""
         label, confidence = confident(self.head(weak).softmax(-1))
         auxiliary = confident(self.auxiliary(weak).softmax(-1))[1]
@@ -88,13 +88,7 @@ class FineSsl(CosineLearner):
         return Pseudo(label, weight, label, (accepted,))
 
     def loss(
-        self,
-        labelled: Tensor,
-        targets: Tensor,
-        strong: Tensor,
-        rows: Tensor,
-        pseudo: Pseudo,
-        progress: float | Tensor,
+        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: Share
     ) -> Tensor:
         """Margin loss of the main head, smoothed loss of the auxiliary one."""
         targeted = self._with_margins(self.head(strong), pseudo.target[rows])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.learners.cosine import CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, confident, look_back
+from ulfine_fast.learners.learner import Config, Pseudo, Share, confident, look_back
 from ulfine_fast.learners.running import RunningSum
 from ulfine_fast.losses import one_hot
 from ulfine_fast.options import option
@@ -52,7 +52,7 @@ class FreeMatch(CosineLearner):
         return overall * share / share.max()
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: Share) -> Pseudo:
         """The label of the highest probability, kept from the threshold of its class."""
         probabilities = self.head(weak).softmax(-1)
         label, confidence = confident(probabilities)
@@ -60,13 +60,7 @@ class FreeMatch(CosineLearner):
         return Pseudo(label, self.config.unlabelled_weight * keep, label, (probabilities,))
 
     def loss(
-        self,
-        labelled: Tensor,
-        targets: Tensor,
-        strong: Tensor,
-        rows: Tensor,
-        pseudo: Pseudo,
-        progress: float | Tensor,
+        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: Share
     ) -> Tensor:
         """The loss of `CosineLearner`, and the fairness term if it is asked for."""
         loss = super().loss(labelled, targets, strong, rows, pseudo, progress)

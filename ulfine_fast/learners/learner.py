@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from ulfine_fast.options import Record, option, share
 
+# Of a run, what is done of it, in [0, 1): a number, or [] float64 where a captured step reads it.
+Share = float | Tensor
+
 
 class Pseudo(NamedTuple):
     """Pseudo-labels of B_u weak views over C classes. Every tensor has one row per view.
@@ -43,21 +46,15 @@ class Learner(nn.Module):
     def start(self, weak: Tensor) -> None:
         """Measure what pseudo-labels need on the first weak batch [B_u, D], before the first step."""
 
-    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: Share) -> Pseudo:
         """Pseudo-labels of weak views [B_u, D], without gradient and without a change of state.
 
-        progress: share of the run that is done, in [0, 1); [] float64 where a captured step reads it.
+        progress: share of the run that is done.
         """
         raise NotImplementedError
 
     def loss(
-        self,
-        labelled: Tensor,
-        targets: Tensor,
-        strong: Tensor,
-        rows: Tensor,
-        pseudo: Pseudo,
-        progress: float | Tensor,
+        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: Share
     ) -> Tensor:
         """Scalar loss in nats, differentiable in the features and the parameters.
 
@@ -71,12 +68,7 @@ class Learner(nn.Module):
         raise NotImplementedError
 
     def joint(
-        self,
-        labelled: Tensor,
-        targets: Tensor,
-        weak: Tensor,
-        strong: Tensor,
-        progress: float | Tensor,
+        self, labelled: Tensor, targets: Tensor, weak: Tensor, strong: Tensor, progress: Share
     ) -> tuple[Tensor, Pseudo]:
         """`loss` and `pseudo` where the strong views [views * B_u, D] of all images are at hand, view by view.
 

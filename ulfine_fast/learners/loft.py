@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.learners.cosine import CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, confident
+from ulfine_fast.learners.learner import Config, Pseudo, Share, confident
 from ulfine_fast.losses import one_hot
 from ulfine_fast.options import option, share
 
@@ -44,7 +44,7 @@ class Loft(CosineLearner):
     """Pseudo-labels as distributions: `target` is [B_u, C]."""
 
     @torch.no_grad()
-    def pseudo(self, weak: Tensor, progress: float | Tensor) -> Pseudo:
+    def pseudo(self, weak: Tensor, progress: Share) -> Pseudo:
         """Hard, soft or no target by the confidence of the weak view."""
         config = self.config
         probabilities = self.head(weak).softmax(-1)

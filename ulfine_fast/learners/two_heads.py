@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ulfine_fast.learners.cosine import CosineHead, CosineLearner
-from ulfine_fast.learners.learner import Config, Pseudo, consistency, look_back
+from ulfine_fast.learners.learner import Config, Pseudo, Share, consistency, look_back
 from ulfine_fast.learners.running import RunningSum
 from ulfine_fast.losses import cross_entropy
 from ulfine_fast.options import option, redefined, share
@@ -53,13 +53,7 @@ class TwoHeads(CosineLearner):
         return pseudo.target
 
     def loss(
-        self,
-        labelled: Tensor,
-        targets: Tensor,
-        strong: Tensor,
-        rows: Tensor,
-        pseudo: Pseudo,
-        progress: float | Tensor,
+        self, labelled: Tensor, targets: Tensor, strong: Tensor, rows: Tensor, pseudo: Pseudo, progress: Share
     ) -> Tensor:
         """Supervised and unlabelled loss of both heads."""
         balanced = pseudo._replace(target=self.balanced_target(pseudo))
